@@ -1,0 +1,305 @@
+"""The command line: `python run.py check | data | exp | submit | demo | schema`. Wiring only.
+
+Each command imports what it needs, so that `check` and `submit` answer without loading torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foldwise.errors import FoldwiseError
+
+if TYPE_CHECKING:
+    from foldwise.records.ensemble import Blend
+    from foldwise.runs.events import Listener
+    from foldwise.spec.model import ExperimentSpec
+
+DEMO_EXPERIMENTS = ("demo_cnn", "demo_vit")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What comes after `run.py`; None for the process's own.
+
+    Returns:
+        The exit status: 0, or the `exit_code` of the error that was printed.
+    """
+    options = _parser().parse_args(arguments)
+    root = Path(options.root).resolve()
+    try:
+        status: int = options.run(root, options)
+    except FoldwiseError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)  # noqa: T201
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py", description="Foldwise: one YAML in, one submission.csv out.")
+    parser.add_argument("--root", default=".", help="the project's folder (default: here)")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Path, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    check = command("check", _check, "say everything that is wrong with experiment files; runs nothing")
+    check.add_argument("experiments", nargs="*", metavar="EXP", help="names or files (default: all)")
+    _add_overrides(check)
+
+    data = command("data", _data, "check a competition's files as handed out, and take them in")
+    data.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
+    data.add_argument("--from", dest="source", required=True, type=Path, help="folder with train.csv and the images")
+
+    exp = command("exp", _exp, "train an experiment on its folds, or go on with it")
+    exp.add_argument("experiment", metavar="EXP", help="a name under experiments/, or `all`")
+    _add_overrides(exp)
+    exp.add_argument("--folds", type=_integers, help="only these folds now, e.g. 0,1")
+    exp.add_argument("--smoke", action="store_true", help="2 folds, 1 epoch, 64 images: see that it runs")
+    exp.add_argument("--fresh", action="store_true", help="delete the run that is there, and begin anew")
+    exp.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
+    exp.add_argument("--track", default=os.environ.get("TRACK", "wandb"), help="wandb, tensorboard, both by comma, or none")
+    exp.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "foldwise"), help="the W&B project")
+
+    submit = command("submit", _submit, "blend the kept runs and write the submission")
+    submit.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
+    submit.add_argument("--runs", type=lambda text: text.split(","), help="only these runs, e.g. a,b (default: all)")
+
+    demo = command("demo", _demo, "draw a demo competition, train two experiments on it, blend and score them")
+    demo.add_argument("--fresh", action="store_true", help="begin anew")
+
+    command("schema", _schema, "write experiments/schema.json anew from the installed libraries")
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="change the spec")
+    parser.add_argument("--name", help="name of the changed experiment (default: its name and a hash)")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, flush=True)  # noqa: T201
+
+
+def _load(root: Path, name: str, options: argparse.Namespace) -> ExperimentSpec:
+    from foldwise.spec.load import load_experiment, split_overrides
+
+    overrides = [override for text in options.overrides for override in split_overrides(text)]
+    return load_experiment(_experiment_file(root, name), overrides=overrides, name=options.name, root=root)
+
+
+def _experiment_file(root: Path, name: str) -> Path:
+    from foldwise.spec.yaml import did_you_mean
+
+    path = Path(name) if name.endswith((".yaml", ".yml")) else root / "experiments" / f"{name}.yaml"
+    if path.exists():
+        return path.resolve()
+    there = sorted(file.stem for file in (root / "experiments").glob("*.yaml"))
+    guess = did_you_mean(name, there)
+    raise FoldwiseError(
+        f"there is no experiment `{name}` (no file {path})\n"
+        f"  fix: {guess + '; ' if guess else ''}experiments here: {', '.join(there) or 'none'}"
+    )
+
+
+def _check(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.spec.load import check_all
+
+    began = time.perf_counter()
+    if options.overrides:
+        for name in options.experiments:
+            _say(f"{_load(root, name, options).name}: ok")
+        return 0
+    results = check_all(root, [_experiment_file(root, name) for name in options.experiments])
+    wrong = [error for _, error in results if error is not None]
+    for error in wrong:
+        print(error, file=sys.stderr)  # noqa: T201
+    good = [path.stem for path, error in results if error is None]
+    if good:
+        _say(f"{len(good)} of {len(results)} experiments are valid ({time.perf_counter() - began:.2f} s): {', '.join(good)}")
+    return 2 if wrong else 0
+
+
+def _data(root: Path, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from foldwise.data.ingest import ingest, render
+
+    Console(soft_wrap=True, highlight=False).print(render(ingest(options.source, root, options.comp)))
+    return 0
+
+
+def _exp(root: Path, options: argparse.Namespace) -> int:
+    if options.experiment != "all":
+        _run(root, _load(root, options.experiment, options), options)
+        return 0
+    failed = []
+    for file in sorted((root / "experiments").glob("*.yaml")):
+        try:
+            _run(root, _load(root, file.stem, options), options)
+        except FoldwiseError as error:
+            failed.append(file.stem)
+            print(f"{file.stem}: {error}", file=sys.stderr)  # noqa: T201
+    if failed:
+        print(f"{len(failed)} experiments did not finish: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
+    return 2 if failed else 0
+
+
+def _run(root: Path, spec: ExperimentSpec, options: argparse.Namespace) -> dict[str, Any] | None:
+    from rich.console import Console
+
+    from foldwise.runs.experiment import Options, run_experiment
+    from foldwise.runs.tracking import tensorboard_tracker, wandb_tracker
+    from foldwise.show.progress import log_listener, progress_listener
+
+    trackers = [] if options.track == "none" else options.track.split(",")
+    if unknown := set(trackers) - {"wandb", "tensorboard"}:
+        raise FoldwiseError(f"unknown tracker `{min(unknown)}`\n  fix: --track wandb, tensorboard, wandb,tensorboard or none")
+    notes: list[str] = []
+    followers: list[Any] = []
+
+    def follow(path: Path) -> list[Listener]:
+        listeners: list[Listener] = [log_listener(path / "run.log")]
+        if "wandb" in trackers and (tracker := wandb_tracker(path, options.project)) is not None:
+            followers.append(tracker)
+        if "tensorboard" in trackers:
+            followers.append(tensorboard_tracker(path))
+        for follower in followers:
+            notes.extend(follower.notes)
+            _say(*follower.notes)
+        return [*listeners, *followers]
+
+    call = Options(options.folds, options.smoke, options.fresh, options.device or os.environ.get("DEVICE") or None)
+    try:
+        return run_experiment(root, spec, call, screen=progress_listener(Console(highlight=False)), follow=follow)
+    finally:
+        for follower in followers:
+            _say(*(note for note in follower.notes if note not in notes))
+
+
+def _submit(root: Path, options: argparse.Namespace) -> int:
+    blended, path = _blend(root, options.comp, options.runs, root / "submissions")
+    _say(*_blend_lines(blended, path, root))
+    return 0
+
+
+def _blend(root: Path, competition: str, names: Sequence[str] | None, folder: Path) -> tuple[Blend, Path]:
+    from foldwise.data.competition import competition_folder, load_competition
+    from foldwise.data.folds import natural_order, read_folds
+    from foldwise.metrics import METRICS
+    from foldwise.records.ensemble import blend
+    from foldwise.records.store import list_runs
+    from foldwise.records.submission import write_submission
+
+    spec = load_competition(root, competition)
+    runs, skipped = list_runs(root, competition)
+    if names is not None:
+        there = {run.name for run in runs}
+        if missing := [name for name in names if name not in there]:
+            reason = next((line for line in skipped if line.startswith(f"{missing[0]}:")), f"{missing[0]}: no such run")
+            raise FoldwiseError(f"{reason}\n  fix: runs that can be blended: {', '.join(sorted(there)) or 'none'}")
+        runs = [run for run in runs if run.name in names]
+    else:
+        of_others = f"is of competition {competition}"
+        _say(*(f"left out: {line}" for line in skipped if "is of competition" not in line or of_others in line))
+    if not runs:
+        raise FoldwiseError(f"there is no complete run of `{competition}` to submit\n  fix: make exp EXP=<experiment>")
+    folds = read_folds(competition_folder(root, competition) / "folds.csv")
+    groups = dict(zip(folds.ids.tolist(), folds.group.tolist(), strict=True))
+    blended = blend(runs, metric=METRICS[spec.metric], groups=groups)
+    ids = spec.submission_ids or tuple(natural_order(blended.test_ids.tolist()))
+    path = write_submission(
+        folder,
+        blended,
+        expected_ids=ids,
+        id_column=spec.columns.id,
+        label_column=spec.columns.label,
+        now=datetime.now(),
+    )
+    return blended, path
+
+
+def _blend_lines(blended: Blend, path: Path, root: Path) -> list[str]:
+    width = max(len(member.run.name) for member in blended.members)
+    low, high = blended.interval
+    right, margin = blended.expected_right(len(blended.test_ids))
+    lines = [f"{'member':<{width}}  weight  OOF {blended.metric}"]
+    lines += [
+        f"{member.run.name:<{width}}  {member.weight:6.3f}  {member.score:.4f} +- {member.standard_error:.4f}"
+        for member in blended.members
+    ]
+    lines += [
+        f"method       {blended.method}, of {len(blended.considered)} runs",
+        f"estimate     {blended.score:.4f} +- {blended.standard_error:.4f}, "
+        f"{blended.level:.0%} interval {low:.4f} to {high:.4f}",
+        f"             {blended.note}",
+        f"naive        {blended.naive:.4f} (scored on the rows that chose the weights: not to be trusted)",
+        f"expect       {right} +- {margin} of {len(blended.test_ids)} test images right",
+    ]
+    if blended.marks:
+        lines.append(f"marks        {', '.join(blended.marks)}")
+    lines.append(f"written      {path.parent.relative_to(root)}/submission.csv, blend.json; kept in {path.relative_to(root)}")
+    return lines
+
+
+def _demo(root: Path, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from foldwise.data.competition import competition_folder
+    from foldwise.data.demo import draw_demo
+    from foldwise.data.ingest import ingest, render
+
+    began = time.monotonic()
+    answers = competition_folder(root, "demo") / "test_labels.csv"
+    if not answers.exists():
+        with tempfile.TemporaryDirectory() as handed_out:
+            draw_demo(Path(handed_out))
+            Console(soft_wrap=True, highlight=False).print(render(ingest(Path(handed_out), root, "demo")))
+            answers.write_bytes((Path(handed_out) / "test_labels.csv").read_bytes())
+    call = _parser().parse_args(["exp", "demo", *(["--fresh"] if options.fresh else [])])
+    for name in DEMO_EXPERIMENTS:
+        _run(root, _load(root, name, call), call)
+    blended, path = _blend(root, "demo", None, root / "submissions" / "demo")
+    _say("", *_blend_lines(blended, path, root))
+    with answers.open(newline="") as file:
+        truth = {row["id"]: row["label"] for row in csv.DictReader(file)}
+    with (path / "submission.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    hits = sum(truth[row["id"]] == row["label"] for row in rows)
+    share = hits / len(rows)
+    error = (share * (1 - share) / len(rows)) ** 0.5
+    _say(
+        f"leaderboard  {hits} of {len(rows)} test images right: {share:.4f} +- {error:.4f}",
+        f"That took {time.monotonic() - began:.0f} s. With your own data: make data COMP=<name> FROM=<folder>",
+    )
+    return 0
+
+
+def _schema(root: Path, _options: argparse.Namespace) -> int:
+    from foldwise.files import atomic_write
+    from foldwise.learn.catalogue import generate, render
+
+    path = root / "experiments" / "schema.json"
+    atomic_write(path, render(generate()))
+    _say(f"wrote {path.relative_to(root)}")
+    return 0

@@ -1,0 +1,263 @@
+"""Networks: timm's by name, Foldwise's own registered beside them, and the way from stored pixels to a network's input.
+
+`build_model` loads weights from the hub's cache, the hub, or nowhere; `ToInput` resizes and normalises on the device.
+"""
+
+from __future__ import annotations
+
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub import constants, try_to_load_from_cache
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from foldwise.errors import FoldwiseError, HubError
+from foldwise.spec.model import ModelSpec
+
+OWN_ARCHS = ("cnn_3block", "vit_small_patch8_48")
+"""Foldwise's own architectures; importing this module registers them with timm."""
+
+# Mean and standard deviation of ImageNet's RGB channels, for pixels in [0, 1].
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class ThreeBlockCNN(nn.Module):
+    """Three blocks of convolution, norm, ReLU and pooling (64-128-256), then a two-layer head; 0.4 M parameters."""
+
+    def __init__(self, num_classes: int = 7, in_chans: int = 1, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        widths = (in_chans, 64, 128, 256)
+        self.num_classes = num_classes
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2)
+                )
+                for inner, outer in zip(widths, widths[1:], strict=False)
+            )
+        )
+        self.head = nn.Sequential(
+            nn.Linear(256, 128), nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(128, num_classes)
+        )
+
+    def get_classifier(self) -> nn.Module:
+        """The layers that are new for every set of classes."""
+        return self.head
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - timm's signature
+        """Layers from input to output, for layer-wise learning rates."""
+        return {"stem": r"^blocks\.0", "blocks": r"^blocks\.(\d+)"}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) float -> (B, classes) logits."""
+        features: Tensor = self.blocks(images).mean(dim=(2, 3))
+        logits: Tensor = self.head(features)
+        return logits
+
+
+class ConvStem(nn.Module):
+    """Patch embedding by three convolutions of stride 2, which lets a ViT learn from little data (Xiao et al. 2021)."""
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_timm: Any) -> None:
+        super().__init__()
+        if patch_size != 8:
+            raise ValueError(f"the stem's strides make patches of 8 px, but got {patch_size=}")
+        self.grid_size = (img_size // 8, img_size // 8)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.patch_size = (8, 8)
+        widths = (in_chans, embed_dim // 4, embed_dim // 2, embed_dim)
+        self.layers = nn.Sequential()
+        for inner, outer in zip(widths, widths[1:], strict=False):
+            self.layers += nn.Sequential(
+                nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outer), nn.GELU()
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, patches, embed_dim)."""
+        embedded: Tensor = self.layers(images)
+        return embedded.flatten(2).transpose(1, 2)
+
+
+@register_model
+def cnn_3block(pretrained: bool = False, **options: Any) -> nn.Module:
+    """`ThreeBlockCNN`; has no pretrained weights."""
+    _refuse_pretrained("cnn_3block", pretrained)
+    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        options.pop(unused, None)
+    return ThreeBlockCNN(**options)
+
+
+@register_model
+def vit_small_patch8_48(pretrained: bool = False, **options: Any) -> nn.Module:
+    """A ViT made for 48 px: 36 patches of 8 px from a convolutional stem, width 192, depth 8; 3.8 M parameters."""
+    _refuse_pretrained("vit_small_patch8_48", pretrained)
+    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        options.pop(unused, None)
+    defaults = {
+        "img_size": 48, "patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3, "class_token": False,
+        "global_pool": "avg", "embed_layer": ConvStem,
+    }  # fmt: skip
+    model: nn.Module = VisionTransformer(**(defaults | options))
+    return model
+
+
+def _refuse_pretrained(arch: str, pretrained: bool) -> None:
+    if pretrained:
+        raise FoldwiseError(f"`{arch}` has no pretrained weights\n  fix: `model.weights: none`, or `run:<experiment>`")
+
+
+def build_model(spec: ModelSpec, *, classes: int, channels: int) -> nn.Module:
+    """Make a network, with the weights that its spec names unless those are another run's.
+
+    Args:
+        spec: The experiment's `model` section.
+        classes: Number of logits.
+        channels: Channels of the images; timm sums RGB filters for one channel.
+
+    Returns:
+        A module from (B, channels, image_size, image_size) to (B, classes) logits, on the CPU.
+
+    Raises:
+        HubError: If pretrained weights are neither cached nor reachable.
+        FoldwiseError: If the constructor refuses an option.
+    """
+    options: dict[str, Any] = {"num_classes": classes, "in_chans": channels, **spec.options}
+    if spec.dropout:
+        options["drop_rate"] = spec.dropout
+    if spec.drop_path:
+        options["drop_path_rate"] = spec.drop_path
+    config = timm.get_pretrained_cfg(spec.arch, allow_unregistered=True)
+    if (config is not None and config.fixed_input_size) or spec.arch == "vit_small_patch8_48":
+        options["img_size"] = spec.image_size
+    pretrained = spec.weights == "pretrained"
+    if pretrained:
+        options["pretrained_cfg_overlay"] = _cached_weights(spec.arch)
+    try:
+        model: nn.Module = timm.create_model(spec.arch, pretrained=pretrained, **options)
+    except OSError as error:
+        raise HubError(_hub_message(spec.arch, error)) from error
+    except (TypeError, ValueError, AssertionError) as error:
+        shown = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise FoldwiseError(
+            f"`{spec.arch}` cannot be made with {shown}: {error}\n"
+            "  fix: see `model.options`, `model.drop_path` and `model.image_size` in the spec"
+        ) from error
+    return model
+
+
+def _cached_weights(arch: str) -> dict[str, str]:
+    """Point timm at the hub's cache where the weights are in it, so that no network is touched; else see whether the hub answers.
+
+    The hub's client retries for most of a minute before it gives up; a look at the address tells at once.
+    """
+    config = timm.get_pretrained_cfg(arch)
+    if config is None or not config.hf_hub_id:
+        return {}
+    for filename in (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
+        found = try_to_load_from_cache(config.hf_hub_id, filename) if filename else None
+        if isinstance(found, str):
+            return {"file": found}
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(_hub_message(arch, OSError("HF_HUB_OFFLINE is set")))
+    if not urllib.request.getproxies():
+        address = urllib.parse.urlsplit(constants.ENDPOINT)
+        port = address.port or (80 if address.scheme == "http" else 443)
+        try:
+            socket.create_connection((address.hostname or "", port), timeout=10).close()
+        except OSError as error:
+            raise HubError(_hub_message(arch, error)) from error
+    return {}
+
+
+def _hub_message(arch: str, error: Exception) -> str:
+    config = timm.get_pretrained_cfg(arch)
+    repository = config.hf_hub_id if config is not None and config.hf_hub_id else f"timm/{arch}"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"the pretrained weights of `{arch}` are not in the local cache, and the Hugging Face Hub cannot be reached\n"
+        f"  ({type(error).__name__}: {reason[:160]})\n"
+        "  fix: one of\n"
+        "    - run once where there is internet; the weights then stay in the cache (~/.cache/huggingface, or $HF_HOME)\n"
+        f"    - fetch them elsewhere with `hf download {repository}` and copy that cache folder here\n"
+        '    - train from scratch: SET="model.weights=none"\n'
+        '    - start from a run of your own: SET="model.weights=run:<experiment>"'
+    )
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the classifier's parameters: what is new for every set of classes, and what stays when the backbone freezes."""
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    inside = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
+
+
+class ToInput(nn.Module):
+    """Stored pixels to a network's input: resize, scale to [0, 1], normalise; runs on the device."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, image_size: int, interpolation: str, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.interpolation = interpolation
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, C) uint8 -> (B, C, image_size, image_size) float32."""
+        images = pixels.permute(0, 3, 1, 2).float() / 255
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            antialias = min(images.shape[-2:]) > self.image_size
+            images = F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=antialias)
+            images = images.clamp(0, 1)
+        return (images - self.mean) / self.std
+
+
+def to_input(spec: ModelSpec, images: np.ndarray, rows: np.ndarray) -> ToInput:
+    """The way in for one network.
+
+    Args:
+        spec: The experiment's `model` section.
+        images: (N, H, W, C) uint8.
+        rows: Indices of the training images, which alone may set `normalize: dataset`.
+    """
+    channels = images.shape[-1]
+    mean: Sequence[float]
+    std: Sequence[float]
+    if spec.normalize == "imagenet":
+        mean, std = _IMAGENET
+        if channels == 1:
+            mean, std = (float(np.mean(mean)),), (float(np.mean(std)),)
+    elif spec.normalize == "half":
+        mean = std = (0.5,) * channels
+    elif spec.normalize == "unit":
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    else:
+        mean, std = _pixel_statistics(images, rows)
+    return ToInput(spec.image_size, spec.interpolation, mean, std)
+
+
+def _pixel_statistics(images: np.ndarray, rows: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel in [0, 1], from histograms, a block of rows at a time."""
+    counts = np.zeros((images.shape[-1], 256))
+    for start in range(0, len(rows), 1024):
+        block = images[np.sort(rows)[start : start + 1024]]
+        for channel in range(block.shape[-1]):
+            counts[channel] += np.bincount(block[..., channel].ravel(), minlength=256)
+    levels = np.arange(256) / 255
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    mean = shares @ levels
+    std = np.sqrt(shares @ levels**2 - mean**2)
+    return mean.tolist(), np.maximum(std, 1e-3).tolist()

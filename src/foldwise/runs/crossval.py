@@ -1,0 +1,336 @@
+"""Cross-validation: one unit (a fold with a seed) after another, each trained, predicted and yielded.
+
+Rows are split by the committed folds; what is watched during training is an inner slice of the training fold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+from foldwise.data.competition import Dataset
+from foldwise.errors import DeviceError, FoldwiseError
+from foldwise.files import atomic_path, sha256_file
+from foldwise.learn.augment import Augment, Batches, sampling_weights
+from foldwise.learn.device import Runtime, make_deterministic, peak_memory_mib
+from foldwise.learn.fit import Fitted, Row, fit
+from foldwise.learn.keys import Purpose, generator, torch_seed
+from foldwise.learn.models import build_model, head_parameters, to_input
+from foldwise.learn.objectives import Supervised, loss_class_weights
+from foldwise.learn.predict import parse_view, predict
+from foldwise.metrics import METRICS
+from foldwise.records.store import Unit
+from foldwise.runs.events import EpochDone, Event, Message, StepDone, UnitStarted
+from foldwise.spec.model import ExperimentSpec
+
+_PREDICT_PIXELS = 256 * 96 * 96  # input pixels of a forward pass in `predict`, which holds no gradients
+_SMOKE_IMAGES, _SMOKE_TEST_IMAGES, _SMOKE_FOLDS = 64, 16, 2
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a data set as cross-validation sees them.
+
+    Attributes:
+        images: (N, H, W, C) uint8, memory-mapped.
+        ids: (N,) str.
+        labels: (N,) int64, -1 where unlabelled.
+        fold: (N,) int64: the fold that scores a row; -1 always trained on; -2 never trained on (test).
+        group: (N,) str: near-duplicates share one.
+    """
+
+    images: np.ndarray
+    ids: np.ndarray
+    labels: np.ndarray
+    fold: np.ndarray
+    group: np.ndarray
+
+    @property
+    def folds(self) -> tuple[int, ...]:
+        """The folds to run: those that score rows, or the single fold 0 where none does (`split: full`)."""
+        return tuple(int(k) for k in np.unique(self.fold[self.fold >= 0])) or (0,)
+
+    def take(self, rows: np.ndarray) -> Table:
+        """A smaller table of some rows, its images in memory."""
+        return Table(self.images[rows], self.ids[rows], self.labels[rows], self.fold[rows], self.group[rows])
+
+
+def make_table(data: Dataset) -> Table:
+    """Join a data set's images with its folds by id."""
+    labelled = data.labels >= 0
+    fold = np.full(len(data.ids), -2, dtype=np.int64)
+    group = data.ids.copy()
+    place = {identity: row for row, identity in enumerate(data.folds.ids)}
+    rows = np.array([place[identity] for identity in data.ids[labelled]], dtype=np.int64)
+    fold[labelled] = data.folds.fold[rows]
+    group[labelled] = data.folds.group[rows]
+    return Table(data.images, data.ids, data.labels, fold, group)
+
+
+def smoke_table(table: Table, seed: int) -> Table:
+    """Sixty-four labelled images in two folds and sixteen test images: enough to see every line of code run."""
+    rng = generator(Purpose.SMOKE, seed)
+    labelled = rng.permutation(np.flatnonzero(table.labels >= 0))
+    classes = table.labels[labelled]
+    # Deal the classes round-robin, so that every class is there and both folds hold some of each.
+    turn = np.empty(len(labelled))
+    for label in np.unique(classes):
+        turn[classes == label] = np.arange((classes == label).sum())
+    chosen = labelled[np.argsort(turn, kind="stable")][:_SMOKE_IMAGES]
+    test = np.flatnonzero(table.labels < 0)[:_SMOKE_TEST_IMAGES]
+    small = table.take(np.sort(np.concatenate([chosen, test])))
+    if (table.fold >= 0).any():
+        _, group = np.unique(small.group, return_inverse=True)
+        small = replace(small, fold=np.where(small.labels >= 0, group % _SMOKE_FOLDS, -2))
+    return small
+
+
+def inner_slice(rows: np.ndarray, labels: np.ndarray, groups: np.ndarray, share: float, key: tuple[int, int]) -> np.ndarray:
+    """Choose the rows of a training fold that are watched instead of trained on.
+
+    Args:
+        rows: Rows of the training fold.
+        labels: (N,) labels of all rows.
+        groups: (N,) groups of all rows; a group is in or out as a whole.
+        share: Share of each class to hold back.
+        key: (seed, fold).
+
+    Returns:
+        The rows held back, sorted; at least one of every class that has two groups or more.
+    """
+    classes = labels[rows]
+    wanted = {int(c): max(1, round(share * int((classes == c).sum()))) for c in np.unique(classes)}
+    left = {int(c): len(set(groups[rows[classes == c]])) for c in np.unique(classes)}
+    members: dict[str, list[int]] = {}
+    for row in rows:
+        members.setdefault(groups[row], []).append(int(row))
+    names = sorted(members)
+    held: list[int] = []
+    for index in generator(Purpose.INNER, *key).permutation(len(names)):
+        group = members[names[index]]
+        kinds = {int(labels[row]) for row in group}
+        if all(wanted[kind] > 0 and left[kind] > 1 for kind in kinds):
+            held.extend(group)
+            for kind in kinds:
+                left[kind] -= 1
+            for row in group:
+                wanted[int(labels[row])] -= 1
+    return np.sort(np.array(held, dtype=np.int64))
+
+
+def run_units(
+    spec: ExperimentSpec,
+    table: Table,
+    classes: Sequence[str],
+    metric: str,
+    units: Sequence[tuple[int, int]],
+    *,
+    folder_of: Callable[[int, int], Path],
+    runtime: Runtime,
+    emit: Callable[[Event], None],
+    start_weights: Callable[[int, int], Mapping[str, torch.Tensor]] | None = None,
+) -> Iterator[Unit]:
+    """Train units one after another and yield each with its predictions.
+
+    Args:
+        spec: The experiment.
+        table: Images, labels and folds.
+        classes: Class names in index order.
+        metric: The competition's metric.
+        units: (fold, seed) in the order to run.
+        folder_of: Folder of a unit, for its checkpoint and weights.
+        runtime: Device, precision and threads.
+        emit: Takes events.
+        start_weights: Weights for a unit to start from, where the spec says `run:<exp>`.
+
+    Yields:
+        Finished units, with nothing stored but `weights.safetensors` and the last checkpoint in their folders.
+
+    Raises:
+        DivergedError: If a loss or logit is not finite.
+        DeviceError: If the device's memory is too small.
+        FoldwiseError: If the folds leave nothing to train on, or weights do not fit.
+    """
+    for fold, seed in units:
+        try:
+            yield _run_unit(spec, table, classes, metric, fold, seed, folder_of(fold, seed), runtime, emit, start_weights)
+        except torch.OutOfMemoryError as error:
+            half = max(1, spec.train.batch_size // 2)
+            raise DeviceError(
+                f"out of memory on {runtime.device} in fold {fold}: batches of {spec.train.batch_size} images at "
+                f"{spec.model.image_size} px are too much for `{spec.model.arch}`\n"
+                f'  fix: SET="train.batch_size={half} train.accumulate={2 * spec.train.accumulate}" trains the same way in less '
+                "memory; see docs/TROUBLESHOOTING.md"
+            ) from error
+
+
+def _run_unit(
+    spec: ExperimentSpec,
+    table: Table,
+    classes: Sequence[str],
+    metric: str,
+    fold: int,
+    seed: int,
+    folder: Path,
+    runtime: Runtime,
+    emit: Callable[[Event], None],
+    start_weights: Callable[[int, int], Mapping[str, torch.Tensor]] | None,
+) -> Unit:
+    key = (seed, fold)
+    make_deterministic(runtime.threads)
+    train_rows = np.flatnonzero((table.labels >= 0) & (table.fold != fold) & (table.fold != -2))
+    val_rows = np.flatnonzero((table.labels >= 0) & (table.fold == fold))
+    test_rows = np.flatnonzero(table.fold == -2)
+    watched_rows = val_rows
+    if spec.watches and spec.train.watch == "inner":
+        watched_rows = inner_slice(train_rows, table.labels, table.group, spec.train.inner_share, key)
+        train_rows = np.setdiff1d(train_rows, watched_rows)
+    if not len(train_rows) or (spec.watches and not len(watched_rows)):
+        raise FoldwiseError(
+            f"fold {fold} leaves {len(train_rows)} images to train on and {len(watched_rows)} to watch\n"
+            "  fix: see `split` in the competition.yaml"
+        )
+
+    torch.manual_seed(torch_seed(Purpose.INIT, *key))
+    model = build_model(spec.model, classes=len(classes), channels=table.images.shape[-1])
+    if start_weights is not None:
+        _start_from(model, start_weights(fold, seed), spec.model.weights)
+    model.to(runtime.device, memory_format=runtime.memory_format)
+    prepare = to_input(spec.model, table.images, train_rows).to(runtime.device)
+    objective = Supervised(
+        table.labels,
+        len(classes),
+        loss=spec.loss,
+        mixing=spec.mix,
+        prepare=prepare,
+        runtime=runtime,
+        class_weights=loss_class_weights(spec.loss.class_weights, table.labels[train_rows], len(classes)),
+    )
+    batches = Batches(
+        table.images,
+        train_rows,
+        Augment(spec.augment, table.images.shape[1:]),
+        batch_size=spec.train.batch_size,
+        key=key,
+        weights=sampling_weights(spec.sampler, table.labels[train_rows], len(classes)),
+    )
+    batch_size = max(1, min(256, _PREDICT_PIXELS // spec.model.image_size**2))
+
+    def probabilities(scored: nn.Module, rows: np.ndarray, views: Sequence[str]) -> np.ndarray:
+        probs = predict(
+            scored,
+            table.images[rows],
+            [parse_view(name) for name in views],
+            prepare=prepare,
+            runtime=runtime,
+            batch_size=batch_size,
+        )
+        return probs.numpy().reshape(len(rows), len(classes))
+
+    def figures(scored: nn.Module, rows: np.ndarray, prefix: str) -> Row:
+        if not len(rows):
+            return {}
+        probs, labels = probabilities(scored, rows, ["identity"]), table.labels[rows]
+        names = dict.fromkeys(("log_loss", "accuracy", metric))
+        shown = {name: METRICS[name].score(labels, probs) for name in names}
+        return {f"{prefix}_{'loss' if name == 'log_loss' else name}": value for name, value in shown.items()}
+
+    prefix = "val" if watched_rows is val_rows else "inner"
+
+    def evaluate(scored: nn.Module) -> Row:
+        row = figures(scored, val_rows, "val")
+        return row | figures(scored, watched_rows, "inner") if prefix == "inner" else row
+
+    def watched(row: Row) -> float:
+        name = "log_loss" if spec.train.watch_figure == "log_loss" else metric
+        value = row[f"{prefix}_{'loss' if name == 'log_loss' else name}"]
+        return value if METRICS[name].greater_is_better else -value
+
+    def on_start(epoch: int) -> None:
+        emit(UnitStarted(fold, seed, epoch, len(train_rows), len(val_rows)))
+        if epoch:
+            emit(Message(f"fold {fold}, seed {seed}: goes on after epoch {epoch} of {spec.train.epochs}"))
+
+    def on_epoch(row: Row) -> None:
+        emit(EpochDone(fold, seed, int(row["epoch"]), {"fold": fold, "seed": seed, **row}))
+
+    fitted = fit(
+        model,
+        objective,
+        batches,
+        optim=spec.optim,
+        schedule=spec.schedule,
+        train=spec.train,
+        key=key,
+        runtime=runtime,
+        checkpoint=folder / "checkpoint.pt",
+        unmixed_epochs=spec.mix.off_epochs,
+        evaluate=evaluate,
+        watched=watched if spec.watches else None,
+        on_start=on_start,
+        on_step=lambda epoch, step, steps: emit(StepDone(fold, seed, epoch, step, steps)),
+        on_epoch=on_epoch,
+    )
+    began = time.monotonic()
+    val_probs = probabilities(fitted.model, val_rows, spec.tta)
+    test_probs = probabilities(fitted.model, test_rows, spec.tta)
+    plain = probabilities(fitted.model, val_rows, ["identity"])
+    weights = folder / "weights.safetensors"
+    with atomic_path(weights) as temporary:
+        state = {name: tensor.contiguous().cpu() for name, tensor in fitted.model.state_dict().items()}
+        safetensors.torch.save_file(state, temporary)
+    score = METRICS[metric].score
+    return Unit(
+        fold=fold,
+        seed=seed,
+        val_ids=table.ids[val_rows],
+        val_labels=table.labels[val_rows],
+        val_probs=val_probs,
+        test_ids=table.ids[test_rows],
+        test_probs=test_probs,
+        history=[{"fold": fold, "seed": seed, **row} for row in fitted.history],
+        info={
+            "score": score(table.labels[val_rows], val_probs) if len(val_rows) else None,
+            "score_without_tta": score(table.labels[val_rows], plain) if len(val_rows) else None,
+            "wall_s": round(fitted.wall_s + time.monotonic() - began, 1),
+            **_account(fitted, runtime),
+            "n_train": len(train_rows),
+            "n_inner": len(watched_rows) if prefix == "inner" else 0,
+            "n_val": len(val_rows),
+            "weights_sha256": sha256_file(weights),
+        },
+    )
+
+
+def _account(fitted: Fitted, runtime: Runtime) -> dict[str, object]:
+    return {
+        "epochs": len(fitted.history),
+        "best_epoch": fitted.best_epoch,
+        "stopped_early": fitted.stopped_early,
+        "parameters": sum(parameter.numel() for parameter in fitted.model.parameters()),
+        "device": str(runtime),
+        "threads": torch.get_num_threads(),
+        "precision": runtime.precision,
+        "peak_rss_mib": peak_memory_mib(runtime.device),
+    }
+
+
+def _start_from(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load another run's weights; the head stays as it was made where its shape differs."""
+    own = model.state_dict()
+    head = head_parameters(model)
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    missing = [name for name in own if name not in fitting and name not in head]
+    if missing:
+        raise FoldwiseError(
+            f"`model.weights: {source}` does not fit `model.arch`: {len(missing)} of {len(own)} tensors differ, the first is "
+            f"`{missing[0]}`\n  fix: use the same `arch` and `options` as that run"
+        )
+    model.load_state_dict(fitting, strict=False)

@@ -1,0 +1,93 @@
+"""Starting weights from another run (`model.weights: run:<exp>`), where no label leaks by it.
+
+Fold k may start only from a model that was trained without fold k: the other run's own fold k, on the same folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from foldwise.data.competition import Dataset
+from foldwise.errors import Fault, RecordError
+from foldwise.files import sha256_file
+from foldwise.records.store import Run, load_run
+from foldwise.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where units start from.
+
+    Attributes:
+        weights_of: (fold, seed) to named tensors.
+        marks: Marks of the other run, which follow.
+        external: External data of the other run, which follows.
+    """
+
+    weights_of: Callable[[int, int], Mapping[str, torch.Tensor]]
+    marks: list[str]
+    external: list[Any]
+
+
+def starting_point(root: Path, model: ModelSpec, data: Dataset) -> Start | None:
+    """Find the weights that a spec starts from.
+
+    Args:
+        root: The project's root.
+        model: The experiment's `model` section.
+        data: The competition that the experiment is scored on.
+
+    Returns:
+        None unless `weights` names a run.
+
+    Raises:
+        RecordError: If that run is not complete, saw a label that this one is scored on, or its weights are not here.
+    """
+    if not model.weights.startswith("run:"):
+        return None
+    name = model.weights.removeprefix("run:")
+    run = load_run(root / "oof" / name)
+    _refuse_leak(run, data)
+    missing = [unit for unit in run.info["weights"] if not _file(run, unit).exists()]
+    if missing or not run.info["weights"]:
+        what = f"its weights are not on this machine: {', '.join(missing) or 'none were kept'}"
+        raise RecordError([Fault(f"oof/{name}", what, f"train it here: make exp EXP={name} FRESH=1")])
+
+    def weights_of(fold: int, seed: int) -> Mapping[str, torch.Tensor]:
+        seeds = run.info["seeds"]
+        unit = f"fold{fold}/seed{seed if seed in seeds else seeds[0]}"
+        path = _file(run, unit)
+        if sha256_file(path) != run.info["weights"][unit]:
+            what = "is not the file that run.json vouches for"
+            raise RecordError([Fault(f"oof/{name}/{unit}/{path.name}", what, f"make exp EXP={name} FRESH=1")])
+        weights: Mapping[str, torch.Tensor] = safetensors.torch.load_file(path)
+        return weights
+
+    return Start(weights_of, list(run.info["marks"]), list(run.info["external"]))
+
+
+def _file(run: Run, unit: str) -> Path:
+    return run.path / unit / "weights.safetensors"
+
+
+def _refuse_leak(run: Run, data: Dataset) -> None:
+    info = run.info
+    if info["smoke"]:
+        reason = "is a smoke run"
+    elif info["competition"] != data.competition.name:
+        reason = (
+            f"was trained on {info['competition']}, and it is not known whether that holds images of "
+            f"{data.competition.name}"
+        )
+    elif info["split"]["kind"] != "kfold" or info["hashes"]["folds"] != data.folds.sha256:
+        reason = "was trained on other folds, and so on labels that this experiment is scored on"
+    else:
+        return
+    fix = f"start from a k-fold run of {data.competition.name} on its present folds, from `pretrained`, or from `none`"
+    raise RecordError([Fault(f"model.weights: run:{run.name}", reason, fix)])

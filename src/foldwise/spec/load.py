@@ -1,0 +1,235 @@
+"""From `experiments/<exp>.yaml` and its overrides to an `ExperimentSpec`, or to every fault at once.
+
+Also the way back: a resolved spec as YAML, as flat keys, and as the differences between two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from foldwise.errors import Fault, SpecError
+from foldwise.files import sha256_json
+from foldwise.spec.catalogue import complaints
+from foldwise.spec.model import EXPERIMENT_NAME, ExperimentSpec, resolved
+from foldwise.spec.yaml import (
+    Document,
+    Loc,
+    check,
+    did_you_mean,
+    dotted,
+    dump_yaml,
+    in_order,
+    nearest,
+    parse_value,
+    read_yaml,
+)
+
+
+def load_experiment(
+    path: Path, *, overrides: Sequence[str] = (), name: str | None = None, root: Path
+) -> ExperimentSpec:
+    """Read an experiment file and check all that can be checked without images or torch.
+
+    Args:
+        path: `experiments/<exp>.yaml`.
+        overrides: `a.b=value` each, values in YAML; list items by index (`augment.0.HorizontalFlip.p=0.3`).
+        name: Names the run instead of the file's stem; an overridden spec without one is called `<exp>_<hash>`, by
+            what the overrides set, whatever their order and spelling.
+        root: The project's root, which holds `experiments/`, `inputs/` and `oof/`.
+
+    Returns:
+        The valid spec, overrides in it, under the run's name.
+
+    Raises:
+        SpecError: With every fault of the file, of the overrides and of what they refer to.
+    """
+    document, locs, faults = _overridden(read_yaml(path), overrides)
+    spec, schema_faults = check(document, ExperimentSpec)
+    faults += schema_faults
+    faults += _reference_faults(document, path.stem, root)
+    if name is not None:
+        faults += _name_faults(name, path.stem, bool(overrides), root)
+    if spec is None or faults:
+        raise SpecError(in_order(faults))
+    if name is None and locs:
+        tree = resolved(spec)
+        name = f"{spec.name}_{sha256_json({dotted(loc): _at(tree, loc) for loc in locs})[:6]}"
+        if not EXPERIMENT_NAME.fullmatch(name):
+            raise SpecError([Fault(f"--set {overrides[0]}", f"`{name}` is too long a name", "give it one: NAME=...")])
+    return spec if name is None else spec.model_copy(update={"name": name})
+
+
+def check_all(root: Path, paths: Sequence[Path] = ()) -> list[tuple[Path, SpecError | None]]:
+    """Check the given experiment files, or all in `experiments/`; each with what is wrong with it, or None."""
+    results: list[tuple[Path, SpecError | None]] = []
+    for path in paths or sorted((root / "experiments").glob("*.yaml")):
+        try:
+            load_experiment(path, root=root)
+            results.append((path, None))
+        except SpecError as error:
+            results.append((path, error))
+    return results
+
+
+def split_overrides(text: str) -> list[str]:
+    """Cut `a=1 b="x y" tta=[identity, hflip]` at the spaces outside brackets and quotes."""
+    parts, depth, quote, previous = [""], 0, "", " "
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" and previous in " =[{,:":
+            quote = character
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+        if character.isspace() and depth <= 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+        previous = character
+    return [part for part in parts if part]
+
+
+def spec_yaml(spec: ExperimentSpec) -> str:
+    """The resolved spec as YAML, every default in it; it reads back to an equal spec."""
+    return dump_yaml(resolved(spec))
+
+
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested plain data as `{"optim.lr": 0.0003, ...}`; a list of scalars becomes the text `[identity, hflip]`."""
+    return dict(_leaves(tree, ()))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What changed from one resolved spec to another: `optim.lr: 0.0002 -> 0.0003`, one line each."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in [*after, *(key for key in before if key not in after)]
+        if key not in before or key not in after or before[key] != after[key]
+    ]
+
+
+def _leaves(tree: Any, loc: Loc) -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+            yield dotted((*loc, key)), f"[{', '.join(map(_text, value))}]"
+        elif isinstance(value, dict | list) and value:
+            yield from _leaves(value, (*loc, key))
+        else:
+            yield dotted((*loc, key)), "{}" if isinstance(value, dict) else value
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return _text(flat[key]) if key in flat else "(absent)"
+
+
+def _text(value: Any) -> str:
+    return {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
+
+
+# Overrides ------------------------------------------------------------------------------------------------------------
+
+
+def _overridden(document: Document, overrides: Sequence[str]) -> tuple[Document, set[Loc], list[Fault]]:
+    locs: set[Loc] = set()
+    faults: list[Fault] = []
+    for override in overrides:
+        where = f"--set {override}"
+        key, equals, text = override.partition("=")
+        loc = _loc_of(document.value, key.strip())
+        if not equals or "" in loc:
+            faults.append(Fault(where, "an override must read `section.key=value`", "e.g. optim.lr=1e-3"))
+        elif loc == ("name",):
+            faults.append(Fault(where, "an override cannot change the name", "name the run with NAME=..."))
+        else:
+            try:
+                document = document.replaced(loc, parse_value(text), where)
+                locs.add(loc)
+            except SpecError as error:
+                faults += [Fault(where, fault.what, fault.fix) for fault in error.faults]
+            except KeyError as error:
+                faults.append(Fault(where, str(error.args[0])))
+    return document, locs, faults
+
+
+def _loc_of(tree: Any, key: str) -> Loc:
+    loc: list[str | int] = []
+    for part in key.split("."):
+        if isinstance(tree, list):
+            index = int(part) if part.isascii() and part.isdigit() else None
+            loc.append(part if index is None else index)
+            tree = tree[index] if index is not None and index < len(tree) else None
+        else:
+            loc.append(part)
+            tree = tree.get(part) if isinstance(tree, dict) else None
+    return tuple(loc)
+
+
+def _at(tree: Any, loc: Loc) -> Any:
+    for part in loc:
+        tree = tree[part]
+    return tree
+
+
+# What a spec refers to ------------------------------------------------------------------------------------------------
+
+
+def _reference_faults(document: Document, stem: str, root: Path) -> Iterator[Fault]:
+    spec = document.value
+    if isinstance(name := spec.get("name"), str) and name != stem:
+        yield document.fault(("name",), f"`name` must be the file's stem, but got {name!r}", f"write `name: {stem}`")
+    channels = None
+    competition = spec.get("competition")
+    if isinstance(competition, str) and EXPERIMENT_NAME.fullmatch(competition):
+        described = root / "inputs" / competition / "competition.yaml"
+        if described.is_file():
+            channels = _channels(described)
+        else:
+            known = [folder.parent.name for folder in sorted((root / "inputs").glob("*/competition.yaml"))]
+            make = "make demo" if competition == "demo" else f"make data COMP={competition} FROM=<folder>"
+            near = did_you_mean(competition, known)
+            fix = f"{near} if not, `{make}` reads it in" if near else f"`{make}`"
+            yield document.fault(("competition",), f"there is no competition `{competition}` in inputs/", fix)
+    for complaint in complaints(spec, root, channels=channels):
+        yield document.fault(complaint.loc, complaint.what, complaint.fix, on_key=complaint.on_key)
+    model = spec.get("model")
+    weights = model.get("weights") if isinstance(model, dict) else None
+    if isinstance(weights, str) and weights.startswith("run:"):
+        yield from _source_faults(document, weights.removeprefix("run:"), stem, root)
+
+
+def _channels(path: Path) -> int | None:
+    try:
+        image = read_yaml(path).value.get("image")
+    except SpecError:
+        return None  # whoever loads the competition tells what is wrong with it
+    channels = image.get("channels") if isinstance(image, dict) else None
+    return channels if isinstance(channels, int) else None
+
+
+def _source_faults(document: Document, source: str, stem: str, root: Path) -> Iterator[Fault]:
+    if source == stem:
+        yield document.fault(("model", "weights"), "an experiment cannot start from its own weights", "name another")
+        return
+    if not EXPERIMENT_NAME.fullmatch(source):
+        return  # the schema speaks of it
+    known = {path.stem for path in (root / "experiments").glob("*.yaml")}
+    known |= {path.parent.name for path in (root / "oof").glob("*/run.json")}
+    if source not in known:
+        near = nearest(source, sorted(known - {stem}))
+        fix = f"did you mean `run:{near}`?" if near else f"train experiments/{source}.yaml first"
+        yield document.fault(("model", "weights"), f"there is no experiment or run `{source}`", fix)
+
+
+def _name_faults(name: str, stem: str, overridden: bool, root: Path) -> Iterator[Fault]:
+    where = f"--name {name}"
+    if not EXPERIMENT_NAME.fullmatch(name):
+        what = f"a name must be up to 80 lower-case letters, digits, `_`, `-` and `.`, but got {name!r}"
+        yield Fault(where, what, f"e.g. {stem}_2")
+    elif (name != stem or overridden) and (root / "experiments" / f"{name}.yaml").is_file():
+        yield Fault(where, f"`{name}` is the name of experiments/{name}.yaml", "an override needs a name of its own")

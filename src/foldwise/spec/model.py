@@ -1,0 +1,211 @@
+"""The sections of an experiment file: one frozen, strict pydantic model each.
+
+Defaults live here and nowhere else; a builder takes its section, not the whole spec.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# The name of an experiment, and so of its file, its folder in `oof/` and its W&B group.
+EXPERIMENT_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,79}")
+# `identity`, `hflip`, `zoom_1.1`, `shift`, `rotate_10`, `multicrop`
+VIEW_NAME = re.compile(r"identity|hflip|shift|multicrop|zoom_(?P<zoom>\d+(\.\d+)?)|rotate_(?P<rotate>\d+(\.\d+)?)")
+WEIGHTS = re.compile(r"none|pretrained|run:[a-z0-9][a-z0-9_.-]{0,79}")
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent conversion (an int is fine for a float)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(Section):
+    """Which network, from which weights, on which input."""
+
+    arch: str = Field(description="A timm model name, with its pretrained tag if it has one, or one of Foldwise's own.")
+    weights: str = Field(
+        "none", description="`pretrained` (timm's hub weights), `none`, or `run:<exp>` (another experiment's weights)."
+    )
+    image_size: int = Field(48, ge=16, le=1024, description="Side of the square that the network sees, px.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the classifier.")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="Stochastic depth; ViT, ConvNeXt and the like.")
+    normalize: Literal["imagenet", "half", "unit", "dataset"] = Field(
+        "dataset",
+        description="`imagenet` mean and deviation, `half` for [-1, 1], `unit` for [0, 1], or the `dataset`'s own.",
+    )
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="How pixels come to `image_size`.")
+    options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="Further keyword arguments of the model's constructor."
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _known_weights(cls, value: str) -> str:
+        if not WEIGHTS.fullmatch(value):
+            raise ValueError(f"expected `pretrained`, `none` or `run:<experiment>`, but got {value!r}")
+        return value
+
+
+class MixSpec(Section):
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019); both alphas 0 means no mixing."""
+
+    mixup_alpha: float = Field(0.0, ge=0, description="Beta(a, a) of mixup; 0 is off.")
+    cutmix_alpha: float = Field(0.0, ge=0, description="Beta(a, a) of CutMix; 0 is off.")
+    prob: Share = Field(1.0, description="Share of batches that are mixed.")
+    switch_prob: Share = Field(0.5, description="Share of mixed batches that take CutMix where both are on.")
+    off_epochs: int = Field(0, ge=0, description="The last so many epochs train unmixed.")
+
+
+class LossSpec(Section):
+    """The loss, on soft targets."""
+
+    name: Literal["cross_entropy", "focal"] = "cross_entropy"
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Mass moved from the target to all classes, once.")
+    class_weights: Literal["none", "balanced", "sqrt"] = Field(
+        "none", description="`balanced` weighs a class by N / (C N_class), `sqrt` by its root; mean weight 1 a sample."
+    )
+    gamma: float = Field(2.0, ge=0, description="Focusing parameter of the focal loss (Lin et al. 2017).")
+
+
+class OptimSpec(Section):
+    """The optimizer, by timm's factory names."""
+
+    name: str = Field("adamw", description="A timm optimizer: adamw, adam, sgd, lamb, nadamw, ...")
+    lr: Positive = Field(description="Peak learning rate of the head, and of the backbone times `backbone_lr_scale`.")
+    backbone_lr_scale: float = Field(1.0, gt=0, le=1, description="Learning rate of all but the head, as a ratio.")
+    layer_decay: float | None = Field(None, gt=0, le=1, description="Learning rate ratio of a layer to the one above.")
+    weight_decay: float = Field(0.05, ge=0, description="Not applied to biases, norms and position embeddings.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum; Adam's first beta.")
+    clip_grad_norm: Positive | None = Field(None, description="Largest gradient norm; longer ones are scaled to it.")
+
+
+class ScheduleSpec(Section):
+    """The learning rate over time, as a multiplier of every group's own base rate."""
+
+    name: Literal["constant", "cosine", "plateau", "step", "one_cycle"] = "cosine"
+    warmup_epochs: float = Field(0.0, ge=0, description="Linear warm-up from near 0; not for one_cycle.")
+    min_lr_ratio: float = Field(0.0, ge=0, lt=1, description="cosine, one_cycle and plateau end or stop at this ratio.")
+    factor: float = Field(0.1, gt=0, lt=1, description="plateau, step: ratio at each drop.")
+    patience: int = Field(10, ge=0, description="plateau: epochs without a better watched figure before a drop.")
+    step_epochs: int = Field(10, ge=1, description="step: epochs between drops.")
+    warm_share: float = Field(0.3, gt=0, lt=1, description="one_cycle: share of the steps in which the rate rises.")
+
+
+class TrainSpec(Section):
+    """How long, how much at a time, and what is kept."""
+
+    epochs: int = Field(ge=1, le=10_000)
+    batch_size: int = Field(64, ge=1, description="Images a forward pass.")
+    accumulate: int = Field(1, ge=1, description="Forward passes an optimizer step.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the device is fast in it, fp16 on MPS and older GPUs, else fp32."
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="Average of weights and buffers, which is then what is scored; 0.99 to 0.998."
+    )
+    keep: Literal["last", "best"] = Field("last", description="Score the last epoch's weights, or the best watched.")
+    early_stop_patience: int | None = Field(None, ge=1, description="Epochs without a better watched figure, then end.")
+    watch: Literal["inner", "scored"] = Field(
+        "inner",
+        description="What plateau, early stopping and `keep: best` look at: an inner slice of the training fold, or "
+        "the scored fold itself, which marks the run `optimistic`.",
+    )
+    watch_figure: Literal["log_loss", "metric"] = Field("metric", description="Which figure of it.")
+    inner_share: float = Field(0.1, gt=0, lt=0.5, description="The inner slice, as a share of the training fold.")
+    freeze_backbone_epochs: int = Field(0, ge=0, description="The first so many epochs train the head alone.")
+    compile: bool = Field(False, description="torch.compile the forward pass.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a unit; null: all cores. Bits depend on it.")
+
+
+class ExperimentSpec(Section):
+    """One experiment: one YAML file, one name, one `oof/` folder, one W&B group."""
+
+    name: str = Field(description="The file's stem.")
+    competition: str = Field(description="A folder under `inputs/`.")
+    seeds: tuple[int, ...] = Field((42,), min_length=1, description="One unit a fold and seed; averaged.")
+    model: ModelSpec
+    augment: tuple[dict[str, dict[str, Any]], ...] = Field(
+        (), description="albumentations transforms by name, with their parameters, applied in order at the native size."
+    )
+    mix: MixSpec = MixSpec()
+    sampler: Literal["none", "balanced", "sqrt"] = Field(
+        "none", description="Draw images by weight: `balanced` N / N_class, `sqrt` its square root; N draws an epoch."
+    )
+    loss: LossSpec = LossSpec()
+    optim: OptimSpec
+    schedule: ScheduleSpec = ScheduleSpec()
+    train: TrainSpec
+    tta: tuple[str, ...] = Field(("identity", "hflip"), min_length=1, description="Views averaged in probability.")
+
+    @field_validator("name", "competition")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not EXPERIMENT_NAME.fullmatch(value):
+            raise ValueError(f"expected lower-case letters, digits, `_`, `-` and `.`, but got {value!r}")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"expected distinct seeds, but got {list(value)}")
+        if any(not 0 <= seed < 2**32 for seed in value):
+            raise ValueError(f"expected seeds from 0 to 2**32 - 1, but got {list(value)}")
+        return value
+
+    @field_validator("tta")
+    @classmethod
+    def _known_views(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for view in value:
+            match = VIEW_NAME.fullmatch(view)
+            if match is None:
+                raise ValueError(
+                    f"unknown view {view!r}; known: identity, hflip, shift, multicrop, zoom_<factor>, rotate_<degrees>"
+                )
+            if (zoom := match["zoom"]) is not None and not 0.5 <= float(zoom) <= 2:
+                raise ValueError(f"a zoom must lie between 0.5 and 2, but got {view!r}")
+            if (angle := match["rotate"]) is not None and not 0 < float(angle) <= 180:
+                raise ValueError(f"a rotation must lie between 0 and 180 degrees, but got {view!r}")
+        if len(set(value)) != len(value):
+            raise ValueError(f"expected distinct views, but got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.optim.layer_decay is not None and self.optim.backbone_lr_scale != 1.0:
+            raise ValueError("`optim.layer_decay` and `optim.backbone_lr_scale` both set the backbone's rate: give one")
+        if self.train.freeze_backbone_epochs >= self.train.epochs:
+            raise ValueError(
+                f"`train.freeze_backbone_epochs` < `train.epochs` must hold, but got "
+                f"({self.train.freeze_backbone_epochs}, {self.train.epochs})"
+            )
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"`schedule.warmup_epochs` < `train.epochs` must hold, but got "
+                f"({self.schedule.warmup_epochs}, {self.train.epochs})"
+            )
+        return self
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything looks at a watched figure, so that a slice must be held back for it."""
+        return (
+            self.schedule.name == "plateau" or self.train.early_stop_patience is not None or self.train.keep == "best"
+        )
+
+    @property
+    def marks(self) -> list[str]:
+        """Marks that follow from the spec alone: `optimistic` where the scored fold is watched."""
+        return ["optimistic"] if self.watches and self.train.watch == "scored" else []
+
+
+def resolved(spec: ExperimentSpec) -> dict[str, Any]:
+    """The spec with every default filled in, as plain JSON types: what `oof/<exp>/spec.yaml` holds and is hashed."""
+    return spec.model_dump(mode="json")

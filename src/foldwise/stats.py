@@ -1,0 +1,169 @@
+"""How sure a score is: standard errors, intervals and paired differences, by bootstrap over groups.
+
+Near-duplicates stand or fall together, so whole groups are drawn, never single images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldwise.metrics import Floats, Labels, Metric
+
+# Cells of the matrix of drawn counts that is held at once: 32 MB.
+_BLOCK_CELLS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one set of predictions is than another on the same images.
+
+    Attributes:
+        gain: Difference of the scores; positive where the first is better, for losses too.
+        standard_error: Of `gain`.
+        low: Lower end of the interval around `gain`.
+        high: Upper end of it.
+        level: Share of such intervals that hold the true gain, e.g. 0.95.
+    """
+
+    gain: float
+    standard_error: float
+    low: float
+    high: float
+    level: float
+
+
+def bootstrap(
+    metric: Metric,
+    labels: Labels,
+    predictions: Sequence[Floats],
+    groups: NDArray[Any],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Scores of drawn samples: as many groups as there are, with replacement (Davison and Hinkley 1997, section 3.8).
+
+    Args:
+        metric: What is scored.
+        labels: (N,) class indices.
+        predictions: P arrays of (N, C) class probabilities, all for the same images in the same order.
+        groups: (N,) names or numbers; images of one group are drawn together.
+        draws: Bootstrap samples.
+        seed: Of the draws; the same seed gives the same figures.
+
+    Returns:
+        (draws, P); a draw takes the same groups for all predictions.
+
+    Raises:
+        ValueError: If there is no image.
+    """
+    if not len(labels):
+        raise ValueError("cannot draw from no images")
+    names, member = np.unique(groups, return_inverse=True)
+    count = len(names)
+    sums = []
+    for probs in predictions:
+        rows = metric.statistics(labels, probs)
+        by_group = np.zeros((count, rows.shape[1]))
+        np.add.at(by_group, member, rows)
+        sums.append(by_group)
+    scores = np.empty((draws, len(predictions)))
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK_CELLS // count)
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        drawn = rng.integers(0, count, size=(size, count)) + np.arange(size)[:, None] * count
+        counts = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(np.float64)
+        for index, by_group in enumerate(sums):
+            scores[start : start + size, index] = metric.finish(counts @ by_group)
+    return scores
+
+
+def interval(scores: NDArray[np.float64], level: float) -> tuple[float, float]:
+    """Lower and upper end of the middle `level` of bootstrap scores (Efron and Tibshirani 1993, chapter 13)."""
+    low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def standard_error(
+    metric: Metric, labels: Labels, probs: Floats, groups: NDArray[Any], *, draws: int = 2000, seed: int = 0
+) -> float:
+    """Standard error of a score, by bootstrap over groups.
+
+    Args:
+        metric: What is scored.
+        labels: (N,) class indices.
+        probs: (N, C) class probabilities.
+        groups: (N,) names or numbers; images of one group are drawn together.
+        draws: Bootstrap samples.
+        seed: Of the draws; the same seed gives the same figure.
+
+    Returns:
+        Standard deviation of the scores of the bootstrap samples.
+    """
+    return float(bootstrap(metric, labels, [probs], groups, draws=draws, seed=seed).std(ddof=1))
+
+
+def bootstrap_interval(
+    metric: Metric,
+    labels: Labels,
+    probs: Floats,
+    groups: NDArray[Any],
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a score, by bootstrap over groups.
+
+    Args:
+        metric: What is scored.
+        labels: (N,) class indices.
+        probs: (N, C) class probabilities.
+        groups: (N,) names or numbers; images of one group are drawn together.
+        level: Share of such intervals that hold the true score.
+        draws: Bootstrap samples.
+        seed: Of the draws.
+
+    Returns:
+        Lower and upper end.
+    """
+    return interval(bootstrap(metric, labels, [probs], groups, draws=draws, seed=seed)[:, 0], level)
+
+
+def paired_difference(
+    metric: Metric,
+    labels: Labels,
+    first: Floats,
+    second: Floats,
+    groups: NDArray[Any],
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Difference:
+    """How much better `first` is than `second`, both scored on the same draws of groups.
+
+    Args:
+        metric: What is scored.
+        labels: (N,) class indices.
+        first: (N, C) class probabilities.
+        second: (N, C) class probabilities of the same images in the same order.
+        groups: (N,) names or numbers; images of one group are drawn together.
+        level: Share of such intervals that hold the true gain.
+        draws: Bootstrap samples.
+        seed: Of the draws.
+
+    Returns:
+        The gain with its standard error and percentile interval.
+    """
+    scores = bootstrap(metric, labels, [first, second], groups, draws=draws, seed=seed)
+    gains = metric.sign * (scores[:, 0] - scores[:, 1])
+    gain = metric.sign * (metric.score(labels, first) - metric.score(labels, second))
+    low, high = interval(gains, level)
+    return Difference(gain, float(gains.std(ddof=1)), low, high, level)

@@ -1,0 +1,75 @@
+"""The rules of the spec's sections, and what follows from a spec."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from foldwise.spec.model import ExperimentSpec, resolved
+
+LEAST: dict[str, Any] = {
+    "name": "a",
+    "competition": "b",
+    "model": {"arch": "resnet18"},
+    "optim": {"lr": 0.001},
+    "train": {"epochs": 3},
+}
+
+
+def spec(**changes: Any) -> ExperimentSpec:
+    return ExperimentSpec.model_validate_json(json.dumps({**LEAST, **changes}))
+
+
+def test_the_least_spec_is_valid_frozen_and_whole_when_resolved() -> None:
+    least = spec()
+    assert least.seeds == (42,)
+    assert resolved(least)["schedule"]["name"] == "cosine"
+    assert ExperimentSpec.model_validate_json(json.dumps(resolved(least))) == least
+    with pytest.raises(ValidationError, match="frozen"):
+        least.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "Upper"}, "expected lower-case letters"),
+        ({"name": "../up"}, "expected lower-case letters"),
+        ({"seeds": [1, 1]}, "expected distinct seeds, but got \\[1, 1\\]"),
+        ({"seeds": [-1]}, "expected seeds from 0 to 2\\*\\*32 - 1"),
+        ({"seeds": []}, "at least 1 item"),
+        ({"tta": ["zoom"]}, "unknown view 'zoom'"),
+        ({"tta": ["rotate_0"]}, "a rotation must lie between 0 and 180 degrees, but got 'rotate_0'"),
+        ({"tta": ["zoom_2.5"]}, "a zoom must lie between 0.5 and 2, but got 'zoom_2.5'"),
+        ({"tta": ["hflip", "hflip"]}, "expected distinct views"),
+        (
+            {"model": {"arch": "a", "weights": "hub"}},
+            "expected `pretrained`, `none` or `run:<experiment>`, but got 'hub'",
+        ),
+        ({"optim": {"lr": 1, "layer_decay": 0.7, "backbone_lr_scale": 0.1}}, "both set the backbone's rate"),
+        ({"train": {"epochs": 3, "freeze_backbone_epochs": 3}}, "must hold, but got \\(3, 3\\)"),
+        ({"schedule": {"warmup_epochs": 4}}, "must hold, but got \\(4.0, 3\\)"),
+        ({"train": {"epochs": True}}, "valid integer"),
+        ({"more": 1}, "Extra inputs"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        spec(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "marks"),
+    [
+        ({}, []),
+        ({"train": {"epochs": 3, "watch": "scored"}}, []),
+        ({"train": {"epochs": 3, "watch": "scored", "keep": "best"}}, ["optimistic"]),
+        ({"train": {"epochs": 3, "watch": "scored", "early_stop_patience": 2}}, ["optimistic"]),
+        ({"train": {"epochs": 3, "watch": "scored"}, "schedule": {"name": "plateau"}}, ["optimistic"]),
+        ({"train": {"epochs": 3, "keep": "best"}, "schedule": {"name": "plateau"}}, []),
+    ],
+)
+def test_only_a_spec_that_watches_the_scored_fold_is_optimistic(changes: dict[str, Any], marks: list[str]) -> None:
+    assert spec(**changes).marks == marks

@@ -1,0 +1,114 @@
+"""The bootstrap against closed forms, and its coverage by simulation.
+
+Groups must widen the error, pairing must narrow it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from foldwise.metrics import METRICS
+from foldwise.stats import bootstrap_interval, paired_difference, standard_error
+
+ACCURACY = METRICS["accuracy"]
+
+
+def predictions(rng, labels, share_right, classes=4):
+    """One-hot probabilities of which about `share_right` are right."""
+    wrong = (labels + rng.integers(1, classes, len(labels))) % classes
+    return np.eye(classes)[np.where(rng.random(len(labels)) < share_right, labels, wrong)]
+
+
+def test_standard_error_of_accuracy_is_the_binomial_one_when_every_image_is_alone():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 1_000)
+    probs = predictions(rng, labels, 0.7)
+    share = ACCURACY.score(labels, probs)
+    expected = np.sqrt(share * (1 - share) / 1_000)
+    assert standard_error(ACCURACY, labels, probs, np.arange(1_000)) == pytest.approx(expected, rel=0.06)
+
+
+def test_standard_error_is_the_cluster_robust_one_for_unequal_groups():
+    rng = np.random.default_rng(1)
+    groups = rng.integers(0, 150, 900)
+    labels = rng.integers(0, 4, 900)
+    right_in_group = rng.uniform(0.2, 1, 150)
+    probs = predictions(rng, labels, right_in_group[groups])
+    residual = (probs.argmax(axis=1) == labels) - ACCURACY.score(labels, probs)
+    by_group = np.bincount(groups, weights=residual, minlength=150)
+    expected = np.sqrt((by_group**2).sum()) / 900
+    alone = standard_error(ACCURACY, labels, probs, np.arange(900))
+    assert standard_error(ACCURACY, labels, probs, groups) == pytest.approx(expected, rel=0.06)
+    assert expected > 1.2 * alone
+
+
+def test_images_given_twice_in_a_group_tell_no_more_than_once():
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 4, 300)
+    probs = predictions(rng, labels, 0.6)
+    twice, groups = np.repeat(np.arange(300), 2), np.repeat(np.arange(300), 2)
+    once = standard_error(ACCURACY, labels, probs, np.arange(300))
+    assert standard_error(ACCURACY, labels[twice], probs[twice], groups) == pytest.approx(once, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_has_an_interval_around_its_score(name):
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 4, 400)
+    probs = 0.2 * predictions(rng, labels, 0.6) + 0.2
+    low, high = bootstrap_interval(METRICS[name], labels, probs, np.arange(400).astype(str))
+    assert low < METRICS[name].score(labels, probs) < high
+    assert high - low == pytest.approx(4 * standard_error(METRICS[name], labels, probs, np.arange(400)), rel=0.15)
+
+
+def test_draws_follow_from_the_seed_alone():
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 4, 100)
+    probs = predictions(rng, labels, 0.6)
+    groups = np.arange(100)
+    one = bootstrap_interval(ACCURACY, labels, probs, groups, draws=300, seed=1)
+    assert one == bootstrap_interval(ACCURACY, labels, probs, groups, draws=300, seed=1)
+    errors = [standard_error(ACCURACY, labels, probs, groups, draws=300, seed=seed) for seed in (1, 2)]
+    assert errors[0] != errors[1]
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    held = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, 4, 250)
+        low, high = bootstrap_interval(
+            ACCURACY, labels, predictions(rng, labels, 0.7), np.arange(250), level=0.9, draws=300, seed=seed
+        )
+        held += low <= 0.7 <= high
+    assert 0.84 <= held / 200 <= 0.95
+
+
+def test_a_paired_difference_is_surer_than_two_scores():
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 4, 1_000)
+    second = predictions(rng, labels, 0.6)
+    first = second.copy()
+    mended = np.flatnonzero(second.argmax(axis=1) != labels)[:40]
+    first[mended] = np.eye(4)[labels[mended]]
+    groups = np.arange(1_000)
+    difference = paired_difference(ACCURACY, labels, first, second, groups)
+    assert difference.gain == pytest.approx(0.04)
+    assert difference.standard_error == pytest.approx(np.sqrt(0.04 * 0.96 / 1_000), rel=0.06)
+    assert difference.standard_error < standard_error(ACCURACY, labels, first, groups)
+    assert 0 < difference.low < difference.gain < difference.high
+    assert difference.level == 0.95
+
+
+def test_a_gain_in_a_loss_is_a_lower_loss():
+    labels = np.zeros(50, dtype=np.int64)
+    good, bad = np.tile([0.9, 0.1], (50, 1)), np.tile([0.6, 0.4], (50, 1))
+    difference = paired_difference(METRICS["log_loss"], labels, good, bad, np.arange(50))
+    assert difference.gain == pytest.approx(np.log(0.9 / 0.6))
+    assert difference.standard_error == pytest.approx(0, abs=1e-12)
+
+
+def test_nothing_can_be_drawn_from_no_images():
+    with pytest.raises(ValueError, match="cannot draw from no images"):
+        standard_error(ACCURACY, np.zeros(0, dtype=np.int64), np.zeros((0, 2)), np.zeros(0))
