@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     exp.add_argument("--smoke", action="store_true", help="2 folds, 1 epoch, 64 images: see that it runs")
     exp.add_argument("--fresh", action="store_true", help="delete the run that is there, and begin anew")
     exp.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
-    exp.add_argument("--track", default=os.environ.get("TRACK", "wandb"), help="wandb, tensorboard, both by comma, or none")
+    exp.add_argument(
+        "--track", default=os.environ.get("TRACK", "wandb"), help="wandb, tensorboard, both by comma, or none"
+    )
     exp.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "foldwise"), help="the W&B project")
 
     submit = command("submit", _submit, "blend the kept runs and write the submission")
@@ -136,7 +138,10 @@ def _check(root: Path, options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)  # noqa: T201
     good = [path.stem for path, error in results if error is None]
     if good:
-        _say(f"{len(good)} of {len(results)} experiments are valid ({time.perf_counter() - began:.2f} s): {', '.join(good)}")
+        _say(
+            f"{len(good)} of {len(results)} experiments are valid "
+            f"({time.perf_counter() - began:.2f} s): {', '.join(good)}"
+        )
     return 2 if wrong else 0
 
 
@@ -174,7 +179,9 @@ def _run(root: Path, spec: ExperimentSpec, options: argparse.Namespace) -> dict[
 
     trackers = [] if options.track == "none" else options.track.split(",")
     if unknown := set(trackers) - {"wandb", "tensorboard"}:
-        raise FoldwiseError(f"unknown tracker `{min(unknown)}`\n  fix: --track wandb, tensorboard, wandb,tensorboard or none")
+        raise FoldwiseError(
+            f"unknown tracker `{min(unknown)}`\n  fix: --track wandb, tensorboard, wandb,tensorboard or none"
+        )
     notes: list[str] = []
     followers: list[Any] = []
 
@@ -220,8 +227,7 @@ def _blend(root: Path, competition: str, names: Sequence[str] | None, folder: Pa
             raise FoldwiseError(f"{reason}\n  fix: runs that can be blended: {', '.join(sorted(there)) or 'none'}")
         runs = [run for run in runs if run.name in names]
     else:
-        of_others = f"is of competition {competition}"
-        _say(*(f"left out: {line}" for line in skipped if "is of competition" not in line or of_others in line))
+        _say(*(f"left out: {line}" for line in skipped if ": is of competition " not in line))
     if not runs:
         raise FoldwiseError(f"there is no complete run of `{competition}` to submit\n  fix: make exp EXP=<experiment>")
     folds = read_folds(competition_folder(root, competition) / "folds.csv")
@@ -258,7 +264,9 @@ def _blend_lines(blended: Blend, path: Path, root: Path) -> list[str]:
     ]
     if blended.marks:
         lines.append(f"marks        {', '.join(blended.marks)}")
-    lines.append(f"written      {path.parent.relative_to(root)}/submission.csv, blend.json; kept in {path.relative_to(root)}")
+    lines.append(
+        f"written      {path.parent.relative_to(root)}/submission.csv, blend.json; kept in {path.relative_to(root)}"
+    )
     return lines
 
 

@@ -172,7 +172,7 @@ def test_another_size_in_the_description_is_another_cache(copy: Path) -> None:
         (lambda folder: shutil.rmtree(folder / "images"), "inputs/demo/images: is missing"),
         (
             lambda folder: (folder / "images" / "7.jpg").unlink(),
-            "inputs/demo/images/7.jpg: is missing, as the images of 1 labelled ids are",
+            "inputs/demo/images/7.jpg: is missing; labelled ids without an image: 1",
         ),
         (
             lambda folder: (folder / "images" / "8.jpg").write_bytes(b"no"),

@@ -394,6 +394,7 @@ def test_another_process_is_refused(project):
 # --- a kill at any moment
 
 
+@pytest.mark.slow
 def test_a_kill_between_any_two_writes_never_leaves_a_wrong_run(project, monkeypatch):
     """Kill the run before each of its writes in turn, go on, and compare with the run that was never killed."""
     project.keep("whole")

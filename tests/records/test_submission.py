@@ -78,7 +78,7 @@ def test_a_good_file_has_no_faults():
                 "  fix: save it without a byte order mark"
             ],
         ),
-        (GOOD.encode() + b"\xff", ["my.csv: is not UTF-8 (byte 32)\n  fix: save it as UTF-8"]),
+        (GOOD.encode() + b"\xff", ["my.csv: is not UTF-8 (byte 31)\n  fix: save it as UTF-8"]),
         (
             "id,label\n7,\n7,happi\n12,sad\n",
             [

@@ -62,7 +62,18 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def started(attempt: str = "first", folds: int = 5, spec: dict[str, Any] | None = None) -> RunStarted:
     units = tuple((fold, 42) for fold in range(folds))
-    return RunStarted("vit", "aspicv", attempt, spec or SPEC, "accuracy", units, {(9, 42): 0.5}, 3, "cpu", smoke=True)
+    return RunStarted(
+        "vit",
+        "aspicv",
+        attempt,
+        spec or SPEC,
+        "accuracy",
+        units,
+        (UnitDone(9, 42, 0.5, 0.1, 1.0),),
+        3,
+        "cpu",
+        smoke=True,
+    )
 
 
 def epoch(fold: int, number: int) -> EpochDone:
@@ -82,7 +93,7 @@ def whole_unit(fold: int) -> Iterator[Event]:
     for number in (1, 2, 3):
         yield StepDone(fold, 42, number, 1, 2)
         yield epoch(fold, number)
-    yield UnitDone(fold, 42, 0.6, 4.0)
+    yield UnitDone(fold, 42, 0.6, 0.02, 4.0)
 
 
 def follow(tracker: Listener | None, *events: Event) -> None:
@@ -222,7 +233,7 @@ def test_resumed_pieces_share_an_id_and_another_attempt_does_not(tmp_path: Path)
         started(),
         UnitStarted(0, 42, 1, 80, 20),
         epoch(0, 2),
-        UnitDone(0, 42, 0.6, 1.0),
+        UnitDone(0, 42, 0.6, 0.02, 1.0),
     )
     follow(wandb_tracker(tmp_path, "faces"), started("second"), unit, epoch(0, 1))
     runs = kept_runs(tmp_path)
@@ -307,7 +318,7 @@ def test_a_server_that_does_not_answer_is_left_for_the_disk(tmp_path: Path, monk
         tracker.on(started())
         tracker.on(UnitStarted(0, 42, 0, 80, 20))
         wait_for(lambda: bool(tracker.notes))
-        follow(tracker, epoch(0, 1), epoch(0, 2), epoch(0, 3), UnitDone(0, 42, 0.6, 4.0))
+        follow(tracker, epoch(0, 1), epoch(0, 2), epoch(0, 3), UnitDone(0, 42, 0.6, 0.02, 4.0))
     (note,) = tracker.notes
     assert note.startswith("W&B: went offline (")
     assert note.endswith(f". Sync later: .venv/bin/wandb sync {tmp_path}/wandb/*run-*")

@@ -70,7 +70,9 @@ def epoch(fold: int, number: int, seed: int = 42) -> EpochDone:
 def scripted(clock: Clock) -> Iterator[Event]:
     """Three folds of four epochs, 6 s each; the first is kept from before, the last goes on from epoch 2."""
     units = ((0, 42), (1, 42), (2, 42))
-    yield RunStarted("vit", "aspicv", "a", {}, "accuracy", units, {(0, 42): 0.6}, 4, "cpu, 2 threads")
+    yield RunStarted(
+        "vit", "aspicv", "a", {}, "accuracy", units, (UnitDone(0, 42, 0.6, 0.02, 25.0),), 4, "cpu, 2 threads"
+    )
     yield Message("goes on from fold 1 [brackets stay]")
     for fold, first, score in ((1, 0, 0.62), (2, 2, 0.617)):
         yield UnitStarted(fold, 42, first, 180, 90)
@@ -80,7 +82,7 @@ def scripted(clock: Clock) -> Iterator[Event]:
                 yield StepDone(fold, 42, number, step, 2)
             yield epoch(fold, number)
         clock.now += 1
-        yield UnitDone(fold, 42, score, 25.0)
+        yield UnitDone(fold, 42, score, 0.02, 25.0)
     yield RunDone(INFO, "oof/vit", [], [])
 
 
@@ -102,13 +104,13 @@ def test_plain_lines_to_the_letter() -> None:
         "fold 1: epoch 1/4  train loss 2.0000  val accuracy 0.5100  0:06 gone, about 0:42 left\n"
         "fold 1: epoch 3/4  train loss 0.6667  val accuracy 0.5300  0:18 gone, about 0:30 left\n"
         "fold 1: epoch 4/4  train loss 0.5000  val accuracy 0.5400  0:24 gone, about 0:24 left\n"
-        "fold 1: score 0.6200 in 0:25; 2 of 3 units done, accuracy so far 0.6100 +- 0.0141\n"
+        "fold 1: score 0.6200 +- 0.0200 in 0:25; 2 of 3 units done, accuracy so far 0.6100 +- 0.0141\n"
         "fold 2: trains on 180 images from epoch 3, 90 held out\n"
         "fold 2: epoch 3/4  train loss 0.6667  val accuracy 0.5300  0:31 gone, about 0:06 left\n"
         "fold 2: epoch 4/4  train loss 0.5000  val accuracy 0.5400  0:37 gone, about 0:00 left\n"
-        "fold 2: score 0.6170 in 0:25; 3 of 3 units done, accuracy so far 0.6123 +- 0.0108\n"
+        "fold 2: score 0.6170 +- 0.0200 in 0:25; 3 of 3 units done, accuracy so far 0.6123 +- 0.0115\n"
         "vit: OOF accuracy 0.6123 +- 0.0094 (standard error)\n"
-        "  folds      0.6000  0.6200  0.6170\n"
+        "  folds      0.6000, 0.6200, 0.6170\n"
         "  wall time  1:02:05\n"
         "  marks      optimistic\n"
         "  kept in    oof/vit\n"
@@ -120,12 +122,12 @@ def test_a_long_run_is_told_every_ten_seconds_and_an_early_stop_at_its_end() -> 
     clock = Clock()
 
     def events() -> Iterator[Event]:
-        yield RunStarted("vit", "aspicv", "a", {}, "accuracy", ((0, 42),), {}, 1000, "cpu")
+        yield RunStarted("vit", "aspicv", "a", {}, "accuracy", ((0, 42),), (), 1000, "cpu")
         yield UnitStarted(0, 42, 0, 180, 90)
         for number in range(1, 48):
             clock.now += 1
             yield epoch(0, number)
-        yield UnitDone(0, 42, 0.6, 47.0)
+        yield UnitDone(0, 42, 0.6, None, 47.0)
 
     told = [
         int(line.split("epoch")[1].split("/")[0]) for line in plain(events(), clock).splitlines() if "epoch " in line
@@ -137,10 +139,7 @@ def test_no_score_no_submission() -> None:
     clock = Clock()
     info = INFO | {"score": None, "standard_error": None, "fold_scores": {}, "marks": [], "split": {"kind": "full"}}
     assert plain(iter([RunDone(info, "oof/vit")]), clock) == (
-        "vit: trained, nothing held out to score\n"
-        "  wall time  1:02:05\n"
-        "  kept in    oof/vit\n"
-        "  next       make compare\n"
+        "vit: trained, nothing held out to score\n  wall time  1:02:05\n  kept in    oof/vit\n"
     )
 
 
@@ -181,7 +180,7 @@ def test_live_view_ends_with_all_units_and_the_same_final_lines(width: int, heig
     assert words[2][-2:] == ["kept", "0.6000"]
     assert words[3][-5:] == ["4/4", "0.5000", "0.5400", "done", "0.6200"]
     assert words[4][-5:] == ["4/4", "0.5000", "0.5400", "done", "0.6170"]
-    assert last[6].strip() == "3 of 3 units done, accuracy so far 0.6123 +- 0.0108"
+    assert last[6].strip() == "3 of 3 units done, accuracy so far 0.6123 +- 0.0115"
     assert last[-1] == "  next       make submit"
     assert text.count("goes on from fold 1 [brackets stay]") == 1
 
@@ -194,9 +193,8 @@ def test_the_view_fits_the_terminal(width: int, height: int, folds: int, seeds: 
     board = Board(clock)
     units = tuple((fold, seed) for seed in range(seeds) for fold in range(folds))
     name = "a" * 80
-    board.take(
-        RunStarted(name, "aspicv", "a", {}, "accuracy", units, dict.fromkeys(units[:finished], 0.5), 300, "d" * 90)
-    )
+    kept = tuple(UnitDone(fold, seed, 0.5, 0.02, 9.0) for fold, seed in units[:finished])
+    board.take(RunStarted(name, "aspicv", "a", {}, "accuracy", units, kept, 300, "d" * 90))
     running = units[finished]
     board.take(UnitStarted(*running, 0, 180, 90))
     clock.now += 3
@@ -276,16 +274,18 @@ def test_a_closed_output_does_not_stop_the_run() -> None:
 
 
 def test_scores_that_are_not_finite_are_left_out_of_the_mean() -> None:
-    finished = {(0, 1): float("nan"), (1, 1): float("inf"), (2, 1): 0.5, (3, 1): 0.7}
+    scores = enumerate((float("nan"), float("inf"), 0.5, 0.7))
+    finished = tuple(UnitDone(fold, 1, score, 0.03, 9.0) for fold, score in scores)
     board = Board(Clock())
     board.take(RunStarted("vit", "aspicv", "a", {}, "log_loss", (), finished, 10, "cpu"))
-    assert board.score_line() == "4 of 4 units done, log_loss so far 0.6000 +- 0.1414"
+    assert board.score_line() == "4 of 4 units done, log_loss so far 0.6000 +- 0.0212"
 
 
 small = st.integers(-1, 3)
 finite = st.floats(-1e6, 1e6)
 rows = st.dictionaries(st.sampled_from(["train_loss", "val_accuracy", "lr", "epoch"]), st.floats() | st.integers())
 keys = st.tuples(small, small)
+units_done = st.builds(UnitDone, small, small, st.none() | st.floats(), st.none() | st.floats(), finite)
 events = st.one_of(
     st.builds(
         RunStarted,
@@ -295,7 +295,7 @@ events = st.one_of(
         spec=st.just({}),
         metric=st.just("accuracy"),
         units=st.lists(keys, max_size=4).map(tuple),
-        finished=st.dictionaries(keys, st.floats(), max_size=2),
+        finished=st.lists(units_done, max_size=2).map(tuple),
         epochs=st.integers(0, 3),
         device=st.text(max_size=5),
         smoke=st.booleans(),
@@ -303,7 +303,7 @@ events = st.one_of(
     st.builds(UnitStarted, small, small, small, small, small),
     st.builds(StepDone, small, small, small, small, small),
     st.builds(EpochDone, small, small, small, rows),
-    st.builds(UnitDone, small, small, st.none() | st.floats(), finite),
+    units_done,
     st.builds(RunDone, st.sampled_from([{}, INFO, INFO | {"score": None, "fold_scores": {}}]), st.just("oof/vit")),
     st.builds(Message, st.text(max_size=10)),
 )

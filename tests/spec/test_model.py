@@ -46,7 +46,7 @@ def test_the_least_spec_is_valid_frozen_and_whole_when_resolved() -> None:
         ({"tta": ["hflip", "hflip"]}, "expected distinct views"),
         (
             {"model": {"arch": "a", "weights": "hub"}},
-            "expected `pretrained`, `none` or `run:<experiment>`, but got 'hub'",
+            "expected `pretrained`, `none` or `run:<exp.*>`, but got 'hub'",
         ),
         ({"optim": {"lr": 1, "layer_decay": 0.7, "backbone_lr_scale": 0.1}}, "both set the backbone's rate"),
         ({"train": {"epochs": 3, "freeze_backbone_epochs": 3}}, "must hold, but got \\(3, 3\\)"),

@@ -94,7 +94,11 @@ def test_wrong_types_are_left_to_the_models(spec: dict[str, Any]) -> None:
         ({"arch": "resnet18.a1_in1k", "weights": "pretrained"}, None, ""),
         ({"arch": "resnet18", "weights": "pretrained"}, None, ""),
         ({"arch": "Resnet18"}, "unknown architecture 'Resnet18'", "did you mean `resnet18`?"),
-        ({"arch": "resnet18.a1"}, "`resnet18` has no weights tagged 'a1'", "did you mean `a1_in1k`?"),
+        (
+            {"arch": "resnet50d.a1"},
+            "`resnet50d` has no weights tagged 'a1'",
+            "its tags: a1_in1k, a2_in1k, a3_in1k, gluon_in1k, ra2_in1k, ra4_e3600_r224_in1k",
+        ),
         ({"arch": "qqqq"}, "unknown architecture 'qqqq'", "timm.list_models() names them"),
         (
             {"arch": "cnn_3block", "weights": "pretrained"},

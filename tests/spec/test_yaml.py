@@ -339,6 +339,8 @@ def test_replaced_values_are_blamed_on_their_origin() -> None:
     )
     assert changed.value == {"optim": {"lr": 1}, "more": [{"lr": "x"}], "free": {"a": 1}}
     assert document.value == {"optim": {"lr": 1}, "more": [{"lr": 1}]}
+    section = document.replaced(("optim",), {"lr": "x"}, "--set optim={lr: x}")
+    assert section.fault(("optim", "lr"), "what").where == "--set optim={lr: x}"
     with pytest.raises(SpecError) as caught:
         validate(changed, Outer)
     assert str(caught.value.faults[0]) == "--set more.0.lr=x: `more.0.lr` must be a number, but got the string 'x'"

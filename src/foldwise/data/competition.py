@@ -190,9 +190,7 @@ def load_dataset(root: Path, name: str, *, split: int = 0) -> Dataset:
     decoded = decoded_images(folder, spec)
     if unseen := natural_order(set(ids) - set(decoded.ids)):
         where = shown(folder / "images" / spec.files.file_of(unseen[0]))
-        raise DataError(
-            [Fault(where, f"is missing, as the images of {len(unseen)} labelled ids are", _how_to_make(name))]
-        )
+        raise DataError([Fault(where, f"is missing; labelled ids without an image: {len(unseen)}", _how_to_make(name))])
     folds = read_folds(folder / "folds.csv", split)
     if faults := fold_faults(shown(folder / "folds.csv"), folds, ids, spec.split):
         raise DataError(faults)

@@ -126,26 +126,26 @@ def draw_face(emotion: str, rng: np.random.Generator) -> Pixels:
     canvas = np.tile(backdrop.astype(np.uint8), (CANVAS, 1))
     _draw(canvas, _expression(emotion, rng), rng)
 
-    turn = cv2.getRotationMatrix2D((CANVAS / 2, CANVAS / 2), float(rng.normal(0, 9)), float(rng.uniform(0.92, 1.22)))
-    turn[:, 2] += rng.normal(0, 7, 2)
+    turn = cv2.getRotationMatrix2D((CANVAS / 2, CANVAS / 2), float(rng.normal(0, 5)), float(rng.uniform(0.98, 1.14)))
+    turn[:, 2] += rng.normal(0, 4, 2)
     posed = cv2.warpAffine(canvas, turn, (CANVAS, CANVAS), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     face = cv2.resize(posed, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
 
     across, down = np.meshgrid(np.linspace(-1, 1, SIDE), np.linspace(-1, 1, SIDE))
     angle = rng.uniform(0, 2 * math.pi)
-    light = 1 + rng.uniform(0, 0.45) * (across * math.cos(angle) + down * math.sin(angle))
-    face = (face * light - 128) * rng.uniform(0.55, 1.15) + 128 + rng.normal(0, 18)
+    light = 1 + rng.uniform(0, 0.3) * (across * math.cos(angle) + down * math.sin(angle))
+    face = (face * light - 128) * rng.uniform(0.75, 1.15) + 128 + rng.normal(0, 12)
     face = cv2.GaussianBlur(face, (0, 0), float(rng.uniform(0.3, 0.9)))
-    face += rng.normal(0, rng.uniform(2, 7), face.shape)
+    face += rng.normal(0, rng.uniform(1, 4), face.shape)
     pixels: Pixels = np.clip(np.rint(face), 0, 255).astype(np.uint8)
     return pixels
 
 
 def _expression(emotion: str, rng: np.random.Generator) -> Expression:
     """A rendering of an emotion: more or less of it, with something of its own in every feature."""
-    strength = rng.beta(3.2, 1.6) * 1.15
+    strength = rng.beta(4.5, 1.5) * 1.15
     typical, rest = vars(TYPICAL[emotion]), vars(REST)
-    own = {name: rest[name] + strength * (typical[name] - rest[name]) + rng.normal(0, 0.17) for name in rest}
+    own = {name: rest[name] + strength * (typical[name] - rest[name]) + rng.normal(0, 0.14) for name in rest}
     low = {"gape": 0.0, "sneer": 0.0, "eyes": 0.08}
     return Expression(**{name: float(np.clip(value, low.get(name, -1.0), 1.0)) for name, value in own.items()})
 

@@ -329,18 +329,15 @@ def _remarks(spec: CompetitionSpec, data: Dataset) -> list[str]:
     """What deserves a second look though nothing is wrong."""
     notes = []
     counts = np.bincount(data.labels[data.labels >= 0], minlength=len(spec.classes))
-    least = spec.split.folds if spec.split.kind == "kfold" else 2
     for label, count in zip(spec.classes, counts.tolist(), strict=True):
-        if count < least:
-            notes.append(f"class {label!r} has {count} images, fewer than the {least} folds")
+        if spec.split.kind == "kfold" and count < spec.split.folds:
+            notes.append(f"images of class {label!r}: {count}, fewer than the {spec.split.folds} folds")
     if spec.split.kind == "column":
         parts: dict[str, set[int]] = {}
         for group, fold in zip(data.folds.group.tolist(), data.folds.fold.tolist(), strict=True):
             parts.setdefault(group, set()).add(fold)
         if torn := sum(len(folds) > 1 for folds in parts.values()):
-            notes.append(
-                f"{torn} groups of near-duplicates lie in several parts of the given split; scores profit from it"
-            )
+            notes.append(f"groups of near-duplicates torn by the given split, from which scores profit: {torn}")
     return notes
 
 

@@ -371,7 +371,7 @@ def _one_folder(paths: Sequence[str], where: str, faults: list[Fault]) -> tuple[
         what = f"images lie in {len(folders)} folders: {listed}"
         faults.append(Fault(where, what, "put all images into one folder"))
         return {}, []
-    notes = [f"{where}: {len(aside)} files that are no images were left aside, first {aside[0]}"] if aside else []
+    notes = [f"{where}: files left aside as no images: {len(aside)}, first {aside[0]}"] if aside else []
     return next(iter(folders.values()), {}), notes
 
 

@@ -13,7 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before the import: else it asks the network for its newest version
+os.environ.setdefault(
+    "NO_ALBUMENTATIONS_UPDATE", "1"
+)  # before the import: else it asks the network for its newest version
 
 import albumentations as A
 import cv2
@@ -76,7 +78,9 @@ class Augment:
             for index, entry in enumerate(self._transforms):
                 ((name, parameters),) = entry.items()
                 try:
-                    children.append(getattr(A, name)(**{key: _as_tuple(v) for key, v in parameters.items()}, strict=True))
+                    children.append(
+                        getattr(A, name)(**{key: _as_tuple(v) for key, v in parameters.items()}, strict=True)
+                    )
                 except (TypeError, ValueError) as error:
                     raise FoldwiseError(f"`augment.{index}.{name}` is refused by albumentations: {error}") from error
             compose = self._compose_here.compose = A.Compose(children, strict=True)
@@ -190,7 +194,8 @@ def sampling_weights(kind: str, labels: np.ndarray, classes: int) -> np.ndarray 
         return None
     counts = np.bincount(labels, minlength=classes)
     ratio = len(labels) / np.maximum(counts, 1)
-    return (ratio if kind == "balanced" else np.sqrt(ratio))[labels]
+    weights: np.ndarray = (ratio if kind == "balanced" else np.sqrt(ratio))[labels]
+    return weights
 
 
 def mix(images: Tensor, targets: Tensor, spec: MixSpec, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:

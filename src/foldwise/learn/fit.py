@@ -1,6 +1,6 @@
 """The first of the two loops over batches: an objective, a schedule and a checkpoint after every epoch.
 
-A killed unit goes on from its last epoch and ends with the same bits: every draw has its own key, and no state hides elsewhere.
+A killed unit goes on from its last epoch and ends with the same bits: every draw has its own key.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def fit(
     state = _State()
     if checkpoint.exists():
         state = _load_checkpoint(checkpoint, model, ema, optimizer, scaler, runtime)
-    forward = torch.compile(model) if train.compile else model
+    forward: nn.Module = torch.compile(model) if train.compile else model  # type: ignore[assignment]
     steps = math.ceil(len(batches) / train.accumulate)
     on_start(len(state.history))
     for epoch in range(len(state.history), train.epochs):
@@ -128,7 +128,7 @@ def fit(
             group_size = min(train.accumulate, len(batches) - group_start)
             torch.manual_seed(torch_seed(Purpose.STEP, *key, epoch, index))
             loss = objective(forward, batch, mixed=epoch < train.epochs - unmixed_epochs)
-            scaler.scale(loss.mean / group_size).backward()
+            scaler.scale(loss.mean / group_size).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.mean.detach() * len(batch.rows))
             hits.append(loss.hits)
             images += len(batch.rows)
@@ -207,7 +207,8 @@ class _State:
 
 def _make_optimizer(model: nn.Module, optim: OptimSpec, head: set[str]) -> torch.optim.Optimizer:
     """Timm's factory over groups that each have their own rate; no decay on biases, norms and what the model names."""
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    named: Any = getattr(model, "no_weight_decay", set)
+    spared: set[str] = named()
     if optim.layer_decay is not None:
         groups = param_groups_layer_decay(model, optim.weight_decay, spared, layer_decay=optim.layer_decay)
     else:
@@ -225,9 +226,10 @@ def _make_optimizer(model: nn.Module, optim: OptimSpec, head: set[str]) -> torch
         options["fused"] = True
     if get_optimizer_info(optim.name).has_betas:
         options["betas"] = (optim.momentum, 0.999)
-    return create_optimizer_v2(
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
         split, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum, **options
     )
+    return optimizer
 
 
 def _freeze(model: nn.Module, head: set[str] | None) -> None:
@@ -241,7 +243,7 @@ def _freeze(model: nn.Module, head: set[str] | None) -> None:
 
 
 def lr_multiplier(spec: ScheduleSpec, step: int, steps: int, epochs: int, watched: Sequence[float] = ()) -> float:
-    """The ratio that every group's base rate is multiplied by; a pure function, so that a resumed run needs no scheduler state.
+    """The ratio that every group's base rate is multiplied by: a pure function, so that resuming needs no state.
 
     Args:
         spec: The experiment's `schedule` section.
@@ -296,7 +298,8 @@ def _check_losses(losses: Sequence[Tensor], images: int, epoch: int, step: int, 
         raise DivergedError(
             f"the loss became {mean:.3g} between steps {first} and {step} of epoch {epoch + 1} "
             f"(fold {fold}, seed {seed})\n"
-            "  fix: a smaller `optim.lr`, `schedule.warmup_epochs: 1`, `optim.clip_grad_norm: 1.0`, or `train.precision: fp32`"
+            "  fix: a smaller `optim.lr`, `schedule.warmup_epochs: 1`, `optim.clip_grad_norm: 1.0`, or "
+            "`train.precision: fp32`"
         )
 
 

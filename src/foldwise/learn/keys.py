@@ -1,6 +1,6 @@
 """Every random choice as a pure function of what it is for: no generator carries state from one choice to the next.
 
-A key is a purpose and a few integers (seed, fold, epoch, step or draw position); equal keys give equal draws on every machine.
+A key is a purpose and a few integers (seed, fold, epoch, step or draw position); equal keys give equal draws.
 """
 
 from __future__ import annotations

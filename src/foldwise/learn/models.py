@@ -9,16 +9,17 @@ import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from foldwise.errors import FoldwiseError, HubError
 from foldwise.spec.model import ModelSpec
@@ -42,12 +43,10 @@ class ThreeBlockCNN(nn.Module):
                 nn.Sequential(
                     nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2)
                 )
-                for inner, outer in zip(widths, widths[1:], strict=False)
+                for inner, outer in pairwise(widths)
             )
         )
-        self.head = nn.Sequential(
-            nn.Linear(256, 128), nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(128, num_classes)
-        )
+        self.head = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(128, num_classes))
 
     def get_classifier(self) -> nn.Module:
         """The layers that are new for every set of classes."""
@@ -76,7 +75,7 @@ class ConvStem(nn.Module):
         self.patch_size = (8, 8)
         widths = (in_chans, embed_dim // 4, embed_dim // 2, embed_dim)
         self.layers = nn.Sequential()
-        for inner, outer in zip(widths, widths[1:], strict=False):
+        for inner, outer in pairwise(widths):
             self.layers += nn.Sequential(
                 nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outer), nn.GELU()
             )
@@ -87,7 +86,7 @@ class ConvStem(nn.Module):
         return embedded.flatten(2).transpose(1, 2)
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def cnn_3block(pretrained: bool = False, **options: Any) -> nn.Module:
     """`ThreeBlockCNN`; has no pretrained weights."""
     _refuse_pretrained("cnn_3block", pretrained)
@@ -96,7 +95,7 @@ def cnn_3block(pretrained: bool = False, **options: Any) -> nn.Module:
     return ThreeBlockCNN(**options)
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def vit_small_patch8_48(pretrained: bool = False, **options: Any) -> nn.Module:
     """A ViT made for 48 px: 36 patches of 8 px from a convolutional stem, width 192, depth 8; 3.8 M parameters."""
     _refuse_pretrained("vit_small_patch8_48", pretrained)
@@ -155,7 +154,7 @@ def build_model(spec: ModelSpec, *, classes: int, channels: int) -> nn.Module:
 
 
 def _cached_weights(arch: str) -> dict[str, str]:
-    """Point timm at the hub's cache where the weights are in it, so that no network is touched; else see whether the hub answers.
+    """Point timm at the hub's cache where the weights are in it, without the network; else see whether the hub answers.
 
     The hub's client retries for most of a minute before it gives up; a look at the address tells at once.
     """
@@ -186,7 +185,7 @@ def _hub_message(arch: str, error: Exception) -> str:
         f"the pretrained weights of `{arch}` are not in the local cache, and the Hugging Face Hub cannot be reached\n"
         f"  ({type(error).__name__}: {reason[:160]})\n"
         "  fix: one of\n"
-        "    - run once where there is internet; the weights then stay in the cache (~/.cache/huggingface, or $HF_HOME)\n"
+        "    - run once where there is internet; the weights stay in the cache (~/.cache/huggingface, or $HF_HOME)\n"
         f"    - fetch them elsewhere with `hf download {repository}` and copy that cache folder here\n"
         '    - train from scratch: SET="model.weights=none"\n'
         '    - start from a run of your own: SET="model.weights=run:<experiment>"'
@@ -194,8 +193,9 @@ def _hub_message(arch: str, error: Exception) -> str:
 
 
 def head_parameters(model: nn.Module) -> set[str]:
-    """Names of the classifier's parameters: what is new for every set of classes, and what stays when the backbone freezes."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    """Names of the classifier's parameters: new for every set of classes, and trained while the backbone is frozen."""
+    find: Any = getattr(model, "get_classifier", lambda: None)
+    classifier = find()
     heads = classifier if isinstance(classifier, tuple) else (classifier,)
     inside = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
@@ -220,7 +220,9 @@ class ToInput(nn.Module):
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             antialias = min(images.shape[-2:]) > self.image_size
-            images = F.interpolate(images, size, mode=self.interpolation, align_corners=False, antialias=antialias)
+            images = functional.interpolate(
+                images, size, mode=self.interpolation, align_corners=False, antialias=antialias
+            )
             images = images.clamp(0, 1)
         return (images - self.mean) / self.std
 

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from foldwise.learn.augment import Batch, mix
 from foldwise.learn.device import Runtime
@@ -76,7 +76,7 @@ class Supervised:
         """See `Objective`."""
         images = self._prepare(_to(batch.pixels, self._runtime))
         labels = _to(self._labels[batch.rows], self._runtime)
-        targets = F.one_hot(labels, self._classes).float()
+        targets = functional.one_hot(labels, self._classes).float()
         if mixed:
             images, targets = mix(images, targets, self._mixing, batch.key)
         with self._runtime.autocast():
@@ -95,9 +95,9 @@ def _to(tensor: Tensor, runtime: Runtime) -> Tensor:
 def soft_target_loss(logits: Tensor, targets: Tensor, spec: LossSpec, weights: Tensor | None = None) -> Tensor:
     """Mean loss of a batch against soft targets.
 
-    Cross-entropy: -sum_c w_c t_c log p_c. Focal (Lin et al. 2017), on soft targets: each term times (1 - p_c)^gamma. Label smoothing
-    moves its mass from `targets` to the uniform distribution, once, whatever mixing did. With hard targets and no smoothing the
-    weighted sum over images is divided by the sum of their weights, as `torch.nn.CrossEntropyLoss(weight=...)` does.
+    Cross-entropy: -sum_c w_c t_c log p_c. Focal (Lin et al. 2017), on soft targets: each term times (1 - p_c)^gamma.
+    Label smoothing moves its mass from `targets` to the uniform distribution, once, whatever mixing did. The weighted
+    sum over images is divided by the sum of their targets' weights, as `torch.nn.CrossEntropyLoss(weight=...)` does.
 
     Args:
         logits: (B, classes) float32.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from foldwise.errors import DivergedError
 from foldwise.learn.device import Runtime
@@ -38,8 +38,9 @@ class View:
 def parse_view(name: str) -> View:
     """Make a view from its name in a spec.
 
-    `identity`; `hflip` mirrors; `zoom_<f>` looks at the middle 1/f; `shift` moves by a twelfth of the side in four directions;
-    `rotate_<deg>` turns both ways; `multicrop` takes four corners and the middle of nine tenths. Borders are mirrored.
+    `identity`; `hflip` mirrors; `zoom_<f>` looks at the middle 1/f; `shift` moves by a twelfth of the side in four
+    directions; `rotate_<deg>` turns both ways; `multicrop` takes four corners and the middle, nine tenths wide. Borders
+    are mirrored.
 
     Raises:
         ValueError: If there is no such view.
@@ -76,8 +77,8 @@ def render(images: Tensor, rendering: Tensor | None) -> Tensor:
     if torch.equal(rendering, _affine(-1, 1)):
         return images.flip(-1)
     theta = rendering.to(images.device).expand(len(images), 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def predict(
@@ -97,8 +98,8 @@ def predict(
         views: Views to average with equal weight, each over its renderings; at least one.
         prepare: Pixels (B, H, W, C) uint8 to input (B, C, S, S) float32, on the device.
         runtime: Device and precision.
-        batch_size: Images per forward pass; the last batch is padded to it, so that an image's probabilities do not depend on how
-            many others there are.
+        batch_size: Images per forward pass; the last batch is padded to it, so that an image's probabilities do not
+            depend on how many others there are.
 
     Returns:
         (N, classes) float32 on the CPU, rows summing to 1 within 1e-5, in the order of `images`.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,9 @@ from foldwise.metrics import METRICS, Labels, Metric, log_loss_of
 from foldwise.records.store import Ids, Probs64, Run, rows_of, shown
 from foldwise.stats import bootstrap, interval, paired_difference, standard_error
 
+Method = Literal["mean", "caruana"]
 # The simpler first: a later one must beat it by more than the standard error of the gain.
-METHODS = ("mean", "caruana")
+METHODS: tuple[Method, ...] = ("mean", "caruana")
 LEVEL = 0.95
 ROUNDS = 50
 
@@ -74,8 +75,8 @@ class Blend:
     folds_sha256: str
     considered: tuple[str, ...]
     members: tuple[Member, ...]
-    method: str
-    fold_methods: dict[int, str]
+    method: Method | Literal["single"]
+    fold_methods: dict[int, Method]
     score: float
     standard_error: float
     interval: tuple[float, float]
@@ -116,7 +117,9 @@ class Blend:
         return round(images * share), round(NormalDist().inv_cdf((1 + self.level) / 2) * deviation)
 
 
-def blend(runs: Sequence[Run], *, metric: Metric, groups: Mapping[str, str], methods: Sequence[str] = METHODS) -> Blend:
+def blend(
+    runs: Sequence[Run], *, metric: Metric, groups: Mapping[str, str], methods: Sequence[Method] = METHODS
+) -> Blend:
     """Weigh runs and estimate what the blend scores.
 
     `mean` weighs all runs equally. `caruana` is greedy forward selection with replacement (Caruana et al. 2004,
@@ -143,12 +146,13 @@ def blend(runs: Sequence[Run], *, metric: Metric, groups: Mapping[str, str], met
     first = runs[0]
     group = np.array([groups[name] for name in first.ids.tolist()])
     oof = [run.probs[rows_of(run.ids, first.ids)] for run in runs]
-    fitting = _CrossFit(oof, first.labels, first.fold, group, metric, tuple(methods))
-    if len(runs) == 1:
-        method, fold_methods, weights, held_out = "single", dict[int, str](), np.ones(1), oof[0]
-    else:
-        method, fold_methods, weights, held_out = fitting.result()
     labels = first.labels
+    method: Method | Literal["single"] = "single"
+    fold_methods: dict[int, Method] = {}
+    weights, held_out = np.ones(1), oof[0]
+    if len(runs) > 1:
+        fitting = _CrossFit(oof, labels, first.fold, group, metric, tuple(methods))
+        method, fold_methods, weights, held_out = fitting.result()
     accuracy = METRICS["accuracy"]
     chosen = np.flatnonzero(weights)
     draws = bootstrap(metric, labels, [held_out, *(oof[index] for index in chosen)], group)
@@ -189,7 +193,7 @@ class _CrossFit:
         fold: NDArray[np.int64],
         group: NDArray[np.str_],
         metric: Metric,
-        methods: tuple[str, ...],
+        methods: tuple[Method, ...],
     ) -> None:
         self._oof = oof
         # Models last: a row's candidates then lie together, and rows are taken out cheaply.
@@ -202,14 +206,14 @@ class _CrossFit:
         self._folds: list[int] = np.unique(fold).tolist()
         self._fits: dict[frozenset[int], Weights] = {}
 
-    def result(self) -> tuple[str, dict[int, str], Weights, Probs64]:
+    def result(self) -> tuple[Method, dict[int, Method], Weights, Probs64]:
         """Method and weights from all folds, the methods chosen without each fold, and the held-out predictions."""
         nothing: frozenset[int] = frozenset()
         method = self._method(nothing)
         fold_methods = {fold: self._method(frozenset({fold})) for fold in self._folds}
         return method, fold_methods, self._weights(method, nothing), self._held_out(fold_methods, nothing)
 
-    def _method(self, excluded: frozenset[int]) -> str:
+    def _method(self, excluded: frozenset[int]) -> Method:
         """The method chosen by a cross-fit on the folds that are not excluded; the simplest where one fold is left."""
         chosen = self._methods[0]
         rest = [fold for fold in self._folds if fold not in excluded]
@@ -225,7 +229,7 @@ class _CrossFit:
                 chosen, best = method, probs
         return chosen
 
-    def _held_out(self, methods: Mapping[int, str], excluded: frozenset[int]) -> Probs64:
+    def _held_out(self, methods: Mapping[int, Method], excluded: frozenset[int]) -> Probs64:
         """(N, C) predictions for each fold of `methods` with weights from the other folds that are not excluded."""
         predictions = np.zeros(self._oof[0].shape)
         for fold, method in methods.items():
@@ -233,7 +237,7 @@ class _CrossFit:
             predictions[rows] = _average(self._weights(method, excluded | {fold}), [probs[rows] for probs in self._oof])
         return predictions
 
-    def _weights(self, method: str, excluded: frozenset[int]) -> Weights:
+    def _weights(self, method: Method, excluded: frozenset[int]) -> Weights:
         if method == "mean":
             return np.full(len(self._oof), 1 / len(self._oof))
         if excluded not in self._fits:
@@ -365,5 +369,11 @@ def _refuse_mismatched(runs: Iterable[Run], groups: Mapping[str, str]) -> None:
         if sorted(run.ids.tolist()) != ids or sorted(run.test_ids.tolist()) != test_ids:
             what = f"holds other ids ({len(run.ids)} validated, {len(run.test_ids)} test) than `{first.name}`"
             faults.append(Fault(where, f"{what} ({len(ids)}, {len(test_ids)})", fix))
+        elif run.classes == first.classes:
+            rows = rows_of(run.ids, first.ids)
+            other = (run.labels[rows] != first.labels) | (run.fold[rows] != first.fold)
+            if other.any():
+                what = f"has other labels or folds than `{first.name}` for {other.sum()} ids"
+                faults.append(Fault(where, f"{what}, such as {first.ids[other][0]}", fix))
     if faults:
         raise RecordError(faults)

@@ -316,6 +316,7 @@ class RunFolder:
                 "score": None,
                 "standard_error": None,
                 "fold_scores": {},
+                "fold_standard_errors": {},
                 "seed_scores": {},
                 "seed_std": None,
                 "n_scored": 0,
@@ -330,10 +331,14 @@ class RunFolder:
         _write_probs(self.path / _OOF, leading, mean.astype(np.float32), classes)
         _, probs = _read_probs(self.path / _OOF, ("id", "fold", "label"), classes)
         seed_scores = {str(seed): metric.score(true, seed_probs) for seed, seed_probs in by_seed.items()}
+        parts = {str(k): fold == k for k in np.unique(fold).tolist()}
         return {
             "score": metric.score(true, probs),
             "standard_error": standard_error(metric, true, probs, groups),
-            "fold_scores": {str(k): metric.score(true[fold == k], probs[fold == k]) for k in np.unique(fold).tolist()},
+            "fold_scores": {k: metric.score(true[part], probs[part]) for k, part in parts.items()},
+            "fold_standard_errors": {
+                k: standard_error(metric, true[part], probs[part], groups[part]) for k, part in parts.items()
+            },
             "seed_scores": seed_scores,
             "seed_std": float(np.std(list(seed_scores.values()), ddof=1)) if len(seed_scores) > 1 else None,
             "n_scored": len(ids),

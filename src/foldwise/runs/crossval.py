@@ -29,6 +29,7 @@ from foldwise.metrics import METRICS
 from foldwise.records.store import Unit
 from foldwise.runs.events import EpochDone, Event, Message, StepDone, UnitStarted
 from foldwise.spec.model import ExperimentSpec
+from foldwise.stats import standard_error
 
 _PREDICT_PIXELS = 256 * 96 * 96  # input pixels of a forward pass in `predict`, which holds no gradients
 _SMOKE_IMAGES, _SMOKE_TEST_IMAGES, _SMOKE_FOLDS = 64, 16, 2
@@ -92,7 +93,9 @@ def smoke_table(table: Table, seed: int) -> Table:
     return small
 
 
-def inner_slice(rows: np.ndarray, labels: np.ndarray, groups: np.ndarray, share: float, key: tuple[int, int]) -> np.ndarray:
+def inner_slice(
+    rows: np.ndarray, labels: np.ndarray, groups: np.ndarray, share: float, key: tuple[int, int]
+) -> np.ndarray:
     """Choose the rows of a training fold that are watched instead of trained on.
 
     Args:
@@ -160,14 +163,16 @@ def run_units(
     """
     for fold, seed in units:
         try:
-            yield _run_unit(spec, table, classes, metric, fold, seed, folder_of(fold, seed), runtime, emit, start_weights)
+            yield _run_unit(
+                spec, table, classes, metric, fold, seed, folder_of(fold, seed), runtime, emit, start_weights
+            )
         except torch.OutOfMemoryError as error:
             half = max(1, spec.train.batch_size // 2)
             raise DeviceError(
                 f"out of memory on {runtime.device} in fold {fold}: batches of {spec.train.batch_size} images at "
                 f"{spec.model.image_size} px are too much for `{spec.model.arch}`\n"
-                f'  fix: SET="train.batch_size={half} train.accumulate={2 * spec.train.accumulate}" trains the same way in less '
-                "memory; see docs/TROUBLESHOOTING.md"
+                f'  fix: SET="train.batch_size={half} train.accumulate={2 * spec.train.accumulate}" trains the same '
+                "way in less memory; see docs/TROUBLESHOOTING.md"
             ) from error
 
 
@@ -202,7 +207,7 @@ def _run_unit(
     model = build_model(spec.model, classes=len(classes), channels=table.images.shape[-1])
     if start_weights is not None:
         _start_from(model, start_weights(fold, seed), spec.model.weights)
-    model.to(runtime.device, memory_format=runtime.memory_format)
+    model.to(runtime.device).to(memory_format=runtime.memory_format)
     prepare = to_input(spec.model, table.images, train_rows).to(runtime.device)
     objective = Supervised(
         table.labels,
@@ -221,7 +226,7 @@ def _run_unit(
         key=key,
         weights=sampling_weights(spec.sampler, table.labels[train_rows], len(classes)),
     )
-    batch_size = max(1, min(256, _PREDICT_PIXELS // spec.model.image_size**2))
+    batch_size = max(1, min(128, _PREDICT_PIXELS // spec.model.image_size**2))
 
     def probabilities(scored: nn.Module, rows: np.ndarray, views: Sequence[str]) -> np.ndarray:
         probs = predict(
@@ -287,18 +292,20 @@ def _run_unit(
         state = {name: tensor.contiguous().cpu() for name, tensor in fitted.model.state_dict().items()}
         safetensors.torch.save_file(state, temporary)
     score = METRICS[metric].score
+    true, groups = table.labels[val_rows], table.group[val_rows]
     return Unit(
         fold=fold,
         seed=seed,
         val_ids=table.ids[val_rows],
-        val_labels=table.labels[val_rows],
+        val_labels=true,
         val_probs=val_probs,
         test_ids=table.ids[test_rows],
         test_probs=test_probs,
         history=[{"fold": fold, "seed": seed, **row} for row in fitted.history],
         info={
-            "score": score(table.labels[val_rows], val_probs) if len(val_rows) else None,
-            "score_without_tta": score(table.labels[val_rows], plain) if len(val_rows) else None,
+            "score": score(true, val_probs) if len(val_rows) else None,
+            "standard_error": standard_error(METRICS[metric], true, val_probs, groups) if len(val_rows) else None,
+            "score_without_tta": score(true, plain) if len(val_rows) else None,
             "wall_s": round(fitted.wall_s + time.monotonic() - began, 1),
             **_account(fitted, runtime),
             "n_train": len(train_rows),
@@ -330,7 +337,7 @@ def _start_from(model: nn.Module, weights: Mapping[str, torch.Tensor], source: s
     missing = [name for name in own if name not in fitting and name not in head]
     if missing:
         raise FoldwiseError(
-            f"`model.weights: {source}` does not fit `model.arch`: {len(missing)} of {len(own)} tensors differ, the first is "
-            f"`{missing[0]}`\n  fix: use the same `arch` and `options` as that run"
+            f"`model.weights: {source}` does not fit `model.arch`: {len(missing)} of {len(own)} tensors differ, the "
+            f"first is `{missing[0]}`\n  fix: use the same `arch` and `options` as that run"
         )
     model.load_state_dict(fitting, strict=False)

@@ -10,6 +10,25 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
+class UnitDone:
+    """A unit is trained, predicted and stored.
+
+    Attributes:
+        fold: From 0.
+        seed: Of every random choice.
+        score: The metric on its fold, views averaged; None where no row is scored.
+        standard_error: Of `score`.
+        wall_s: Seconds it took, over all pieces of a resumed unit.
+    """
+
+    fold: int
+    seed: int
+    score: float | None
+    standard_error: float | None
+    wall_s: float
+
+
+@dataclass(frozen=True)
 class RunStarted:
     """A run begins or goes on.
 
@@ -20,7 +39,7 @@ class RunStarted:
         spec: The resolved spec.
         metric: Name of the competition's metric, e.g. `accuracy`.
         units: All (fold, seed) of this call, in the order in which they run.
-        finished: The (fold, seed) kept from before, with their scores.
+        finished: The units kept from before.
         epochs: Epochs of each unit.
         device: Where it runs, e.g. `cpu, 2 threads, bf16`.
         smoke: Whether this is a smoke run.
@@ -32,7 +51,7 @@ class RunStarted:
     spec: dict[str, Any]
     metric: str
     units: tuple[tuple[int, int], ...]
-    finished: dict[tuple[int, int], float]
+    finished: tuple[UnitDone, ...]
     epochs: int
     device: str
     smoke: bool = False
@@ -62,22 +81,12 @@ class StepDone:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch; `row` is its line of history.csv: fold, seed, epoch (from 1), lr, train_loss, val_loss, val_<metric>, ..."""
+    """An epoch; `row` is its line of history.csv: fold, seed, epoch (from 1), lr, train_loss, val_<metric>, ..."""
 
     fold: int
     seed: int
     epoch: int
     row: dict[str, float | int]
-
-
-@dataclass(frozen=True)
-class UnitDone:
-    """A unit is trained, predicted and stored; `score` is the metric on its fold, views averaged (None: no scored rows)."""
-
-    fold: int
-    seed: int
-    score: float | None
-    wall_s: float
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from foldwise.data.competition import Dataset, load_dataset
+from foldwise.data.competition import load_dataset
 from foldwise.data.folds import Folds
 from foldwise.errors import FoldwiseError
 from foldwise.learn.device import pick_runtime
@@ -109,7 +109,7 @@ def run_experiment(
                     spec=resolved(spec),
                     metric=metric.name,
                     units=tuple(wanted),
-                    finished={unit: _score(kept[unit]) for unit in wanted if unit in kept},
+                    finished=tuple(_unit_done(kept[unit]) for unit in wanted if unit in kept),
                     epochs=spec.train.epochs,
                     device=str(runtime),
                     smoke=options.smoke,
@@ -131,7 +131,7 @@ def run_experiment(
             for unit in trained:
                 folder.save_unit(unit)
                 kept[unit.fold, unit.seed] = unit
-                emit(UnitDone(unit.fold, unit.seed, unit.info["score"], unit.info["wall_s"]))
+                emit(_unit_done(unit))
             if left := [unit for unit in units if unit not in kept]:
                 names = ", ".join(str(fold) for fold in sorted({fold for fold, _ in left}))
                 emit(Message(f"{len(kept)} of {len(units)} units are kept; still to run: folds {names}"))
@@ -193,8 +193,9 @@ def _labels_of(table: Table, folds: Folds) -> np.ndarray:
     return np.array([label_of[identity] for identity in folds.ids.tolist()], dtype=np.int64)
 
 
-def _score(unit: Unit) -> float:
-    return float("nan") if unit.info["score"] is None else float(unit.info["score"])
+def _unit_done(unit: Unit) -> UnitDone:
+    info = unit.info
+    return UnitDone(unit.fold, unit.seed, info["score"], info["standard_error"], info["wall_s"])
 
 
 def _without_tta(units: Sequence[Unit]) -> float | None:

@@ -155,8 +155,18 @@ def wandb_tracker(
         reason = ""
     tracker = WandbTracker(folder, project, "offline" if reason else "online", deadline_s)
     if reason and tracker.pid is not None:
-        tracker.notes.append(f"W&B: offline ({reason}). Sync later: .venv/bin/wandb sync {folder}/wandb/offline-run-*")
+        tracker.notes.append(
+            f"W&B: offline ({reason}). Sync later: .venv/bin/wandb sync {_from_here(folder)}/wandb/offline-run-*"
+        )
     return tracker
+
+
+def _from_here(folder: Path) -> str:
+    """The folder as one would type it here."""
+    try:
+        return folder.resolve().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return str(folder)
 
 
 def _has_api_key() -> bool:

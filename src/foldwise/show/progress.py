@@ -61,6 +61,7 @@ class UnitState:
     part: float = 0.0
     row: Mapping[str, float | int] = field(default_factory=dict)
     score: float | None = None
+    standard_error: float | None = None
     wall_s: float | None = None
 
 
@@ -86,10 +87,14 @@ class Board:
         match event:
             case RunStarted():
                 self.started = event
-                order = [*(key for key in event.finished if key not in event.units), *event.units]
-                self.units = {key: UnitState() for key in order}
-                for key, score in event.finished.items():
-                    self.units[key] = UnitState("kept", event.epochs, score=score)
+                kept = {(unit.fold, unit.seed): unit for unit in event.finished}
+                self.units = {
+                    key: UnitState() for key in [*(key for key in kept if key not in event.units), *event.units]
+                }
+                for key, unit_done in kept.items():
+                    self.units[key] = UnitState(
+                        "kept", event.epochs, score=unit_done.score, standard_error=unit_done.standard_error
+                    )
                 self.begun_at, self._training_since = self._clock(), None
                 self._from_epochs = {}
             case UnitStarted():
@@ -106,7 +111,7 @@ class Board:
             case UnitDone():
                 unit = self._unit(event)
                 unit.state, unit.part = "done", 0.0
-                unit.score, unit.wall_s = event.score, event.wall_s
+                unit.score, unit.standard_error, unit.wall_s = event.score, event.standard_error, event.wall_s
             case _:
                 pass
 
@@ -148,13 +153,22 @@ class Board:
         return (self._clock() - self._training_since) / trained * to_come
 
     def score_line(self) -> str:
-        """Mean and standard deviation of the finished units' scores, e.g. `accuracy so far 0.61 +- 0.01, 2 of 5`."""
-        scores = [u.score for u in self.units.values() if u.score is not None and math.isfinite(u.score)]
+        """Mean of the finished units' scores and its standard error, e.g. `accuracy so far 0.61 +- 0.01`.
+
+        Folds hold different images, so that their errors are independent; the seeds of a fold share its images.
+        """
+        scored = {key: u for key, u in self.units.items() if u.score is not None and math.isfinite(u.score)}
+        scores = [unit.score for unit in scored.values() if unit.score is not None]
         count = sum(unit.state in ("kept", "done") for unit in self.units.values())
         done = f"{count} of {len(self.units)} units done"
         if not scores or self.started is None:
             return done
-        spread = f" +- {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+        folds: dict[int, list[float]] = {}
+        for (fold, _), unit in scored.items():
+            if unit.standard_error is not None:
+                folds.setdefault(fold, []).append(unit.standard_error)
+        error = math.sqrt(sum(statistics.fmean(errors) ** 2 for errors in folds.values())) / max(1, len(folds))
+        spread = f" +- {error:.4f}" if folds else ""
         return f"{done}, {self.started.metric} so far {statistics.fmean(scores):.4f}{spread}"
 
 
@@ -172,7 +186,7 @@ def _number(value: float | None) -> str:
 def opening(started: RunStarted) -> str:
     """The line that a run begins with: what, on which data, how much, where."""
     kept = f", {len(started.finished)} kept from before" if started.finished else ""
-    units = len({*started.units, *started.finished})
+    units = len({*started.units, *((unit.fold, unit.seed) for unit in started.finished)})
     epochs = "1 epoch" if started.epochs == 1 else f"{started.epochs} epochs"
     return (
         f"{started.experiment} on {started.competition}{' (smoke run)' if started.smoke else ''}: "
@@ -191,7 +205,11 @@ def closing(event: RunDone) -> list[str]:
         spread = "" if error is None else f" +- {error:.4f} (standard error)"
         lines = [f"{name}: OOF {info.get('metric', 'score')} {score:.4f}{spread}"]
     if scores := info.get("fold_scores"):
-        lines.append("  folds      " + "  ".join(_number(value) for value in scores.values()))
+        errors = info.get("fold_standard_errors") or {}
+        shown = [
+            _number(score) + (f" +- {errors[fold]:.4f}" if fold in errors else "") for fold, score in scores.items()
+        ]
+        lines.append("  folds      " + ", ".join(shown))
     if info.get("wall_s") is not None:
         lines.append(f"  wall time  {duration(info['wall_s'])}")
     if marks := info.get("marks"):
@@ -199,9 +217,8 @@ def closing(event: RunDone) -> list[str]:
     lines.append(f"  kept in    {event.path}")
     if info.get("smoke"):
         lines.append(f"  next       make exp EXP={name}  (a smoke run's score means nothing)")
-    else:
-        blends = (info.get("split") or {}).get("kind", "kfold") == "kfold"
-        lines.append(f"  next       make {'submit' if blends else 'compare'}")
+    elif (info.get("split") or {}).get("kind", "kfold") == "kfold":
+        lines.append("  next       make submit")
     return lines
 
 
@@ -341,7 +358,8 @@ class _PlainLines:
                 lines = []
                 if self._untold is not None and (self._untold.fold, self._untold.seed) == (event.fold, event.seed):
                     lines.append(self._epoch_line(self._untold))
-                score = "trained" if event.score is None else f"score {event.score:.4f}"
+                error = "" if event.standard_error is None else f" +- {event.standard_error:.4f}"
+                score = "trained" if event.score is None else f"score {event.score:.4f}{error}"
                 label = board.label((event.fold, event.seed))
                 return [*lines, f"{label}: {score} in {duration(event.wall_s)}; {board.score_line()}"]
             case RunDone():

@@ -88,7 +88,7 @@ def _model(model: Any, catalogue: dict[str, Any]) -> Iterator[Complaint]:
         tags = [name.partition(".")[2] for name in archs if name.startswith(f"{bare}.")]
         if tag and tags:
             what = f"`{bare}` has no weights tagged {tag!r}"
-            yield Complaint(("model", "arch"), what, did_you_mean(tag, tags) or f"its tags: {', '.join(tags)}")
+            yield Complaint(("model", "arch"), what, f"its tags: {', '.join(tags)}")
         else:
             fix = did_you_mean(arch, archs) or "timm.list_models() names them"
             yield Complaint(("model", "arch"), f"unknown architecture {arch!r}", fix)

@@ -22,6 +22,7 @@ from foldwise.errors import Fault, FaultsError, SpecError
 
 Loc = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 _TAG = "tag:yaml.org,2002:"
 # The core schema, https://yaml.org/spec/1.2.2/#1032-tag-resolution: PyYAML follows 1.1, where `3e-4` is a
@@ -118,8 +119,15 @@ class Document:
         Raises:
             KeyError: If the way leads through a scalar, or to no item of a list; its text says which.
         """
-        origins = {known: name for known, name in self._origins.items() if known[: len(loc)] != loc}
-        return replace(self, value=_put(self.value, loc, value, ()), _origins={**origins, loc: origin})
+        value = _put(self.value, loc, value, ())
+        # Whatever stood below `loc` in the file, or was set there before, is gone.
+        return replace(
+            self,
+            value=value,
+            _keys=_not_below(loc, self._keys),
+            _values=_not_below(loc, self._values),
+            _origins={**_not_below(loc, self._origins), loc: origin},
+        )
 
 
 def read_yaml(path: Path) -> Document:
@@ -303,6 +311,10 @@ def _initials(words: str) -> str:
 
 def _shown(path: Path) -> str:
     return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
+
+
+def _not_below(loc: Loc, table: dict[Loc, T]) -> dict[Loc, T]:
+    return {known: place for known, place in table.items() if known == loc or known[: len(loc)] != loc}
 
 
 def _put(tree: Any, loc: Loc, value: Any, done: Loc) -> Any:

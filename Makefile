@@ -1,0 +1,68 @@
+# Foldwise. `make help` lists the targets; each runs `python run.py ...`, which works without make too.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUN    := $(BIN)/python run.py
+READY  := $(VENV)/.installed
+
+COMP   ?= aspicv
+EXP    ?=
+SET    ?=
+NAME   ?=
+FOLDS  ?=
+SMOKE  ?=
+FRESH  ?=
+FROM   ?=
+RUNS   ?=
+export DEVICE TRACK WANDB_PROJECT
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo data check exp submit test lint bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY)  ## make .venv and install what requirements.lock pins
+
+# A lock of hashes: what is installed is what was tested.
+$(READY): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): about 6 GB on Linux, where torch brings CUDA; a few minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+demo: $(READY)  ## draw a demo competition, train two experiments on it, blend and score: no data needed
+	@$(RUN) demo $(if $(FRESH),--fresh)
+
+data: $(READY)  ## take in a competition's files: COMP=aspicv FROM=<folder with train.csv and the images>
+	@$(if $(FROM),,$(error say where the files are: make data COMP=$(COMP) FROM=<folder>))$(RUN) data --comp $(COMP) --from "$(FROM)"
+
+check: $(READY)  ## say everything that is wrong with experiment files: [EXP=<name>] [SET="a.b=v"]
+	@$(RUN) check $(EXP) $(if $(SET),--set '$(SET)') $(if $(NAME),--name $(NAME))
+
+exp: $(READY)  ## train an experiment, or go on: EXP=<name|all> [SET="a.b=v c=w" NAME=] [FOLDS=0,1] [SMOKE=1] [FRESH=1]
+	@$(if $(EXP),,$(error say which: make exp EXP=baseline_cnn))$(RUN) exp $(EXP) $(if $(SET),--set '$(SET)') $(if $(NAME),--name $(NAME)) \
+	  $(if $(FOLDS),--folds $(FOLDS)) $(if $(SMOKE),--smoke) $(if $(FRESH),--fresh)
+
+submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=aspicv] [RUNS=a,b]
+	@$(RUN) submit --comp $(COMP) $(if $(RUNS),--runs $(RUNS))
+
+test: $(READY)  ## what CI runs: lint, types, layers and all tests
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(READY)  ## ruff, mypy, import-linter, and every experiment file
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
+	@$(RUN) check
+
+bench: $(READY)  ## speed as ratios: an epoch against its bare arithmetic, the blend, the checks
+	@$(BIN)/python tests/bench.py
+
+clean:  ## delete caches and smoke runs; runs, data and .venv stay
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist oof/.smoke
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
