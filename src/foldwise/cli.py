@@ -95,7 +95,10 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected fold numbers such as 0,1, but got {text!r}") from None
 
 
 def _say(*lines: str) -> None:
@@ -120,7 +123,7 @@ def _experiment_file(root: Path, name: str) -> Path:
     guess = did_you_mean(name, there)
     raise FoldwiseError(
         f"there is no experiment `{name}` (no file {path})\n"
-        f"  fix: {guess + '; ' if guess else ''}experiments here: {', '.join(there) or 'none'}"
+        f"  fix: {guess + ' ' if guess else ''}experiments here: {', '.join(there) or 'none'}"
     )
 
 
@@ -129,6 +132,9 @@ def _check(root: Path, options: argparse.Namespace) -> int:
 
     began = time.perf_counter()
     if options.overrides:
+        if not options.experiments:
+            given = " ".join(f"--set {text}" for text in options.overrides)
+            raise FoldwiseError(f"--set changes one experiment, but none is named\n  fix: check EXP {given}")
         for name in options.experiments:
             _say(f"{_load(root, name, options).name}: ok")
         return 0
@@ -166,7 +172,8 @@ def _exp(root: Path, options: argparse.Namespace) -> int:
             failed.append(file.stem)
             print(f"{file.stem}: {error}", file=sys.stderr)  # noqa: T201
     if failed:
-        print(f"{len(failed)} experiments did not finish: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
+        noun = "experiment" if len(failed) == 1 else "experiments"
+        print(f"{len(failed)} {noun} did not finish: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
     return 2 if failed else 0
 
 

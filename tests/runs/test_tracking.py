@@ -29,7 +29,7 @@ from foldwise.runs.events import (
     UnitDone,
     UnitStarted,
 )
-from foldwise.runs.tracker_process import flat, run_id
+from foldwise.runs.tracker_process import run_id
 from foldwise.runs.tracking import WandbTracker, tensorboard_tracker, wandb_tracker
 
 WANDB = Path(sys.executable).with_name("wandb")
@@ -141,16 +141,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.05)
-
-
-def test_flat_joins_keys_with_dots() -> None:
-    assert flat(SPEC) == {
-        "name": "vit",
-        "seeds": [42],
-        "model.arch": "resnet18",
-        "augment.0.HorizontalFlip.p": 0.5,
-        "optim.lr": 0.002,
-    }
 
 
 def test_run_ids_differ_by_project_spec_attempt_and_unit() -> None:

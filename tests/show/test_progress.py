@@ -145,7 +145,7 @@ def test_no_score_no_submission() -> None:
 
 def test_a_smoke_run_says_so() -> None:
     clock = Clock()
-    started = RunStarted("vit", "aspicv", "a", {}, "accuracy", ((0, 42),), {}, 1, "cpu", smoke=True)
+    started = RunStarted("vit", "aspicv", "a", {}, "accuracy", ((0, 42),), (), 1, "cpu", smoke=True)
     lines = plain(iter([started, RunDone(INFO | {"smoke": True}, "oof/.smoke/vit")]), clock).splitlines()
     assert lines[0] == "vit on aspicv (smoke run): 1 unit of 1 epoch; cpu"
     assert lines[-1] == "  next       make exp EXP=vit  (a smoke run's score means nothing)"
@@ -216,7 +216,7 @@ def test_time_left_counts_the_epochs_of_all_units_at_the_pace_of_this_call() -> 
     clock = Clock()
     board = Board(clock)
     units = ((0, 1), (1, 1), (2, 1))
-    board.take(RunStarted("vit", "aspicv", "a", {}, "accuracy", units, {(0, 1): 0.5}, 10, "cpu"))
+    board.take(RunStarted("vit", "aspicv", "a", {}, "accuracy", units, (UnitDone(0, 1, 0.5, 0.03, 9.0),), 10, "cpu"))
     assert board.left_s() is None
     clock.now += 50
     board.take(UnitStarted(1, 1, 6, 180, 90))

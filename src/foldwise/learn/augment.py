@@ -63,13 +63,11 @@ class Augment:
         self._transforms = transforms
         self._compose_here = threading.local()
         if transforms:
-            probe = np.arange(np.prod(shape), dtype=np.int64).reshape(shape).astype(np.uint8)
-            out = self(probe, (0, 0, 0, 0))
-            if out.shape != shape or out.dtype != np.uint8:
-                raise FoldwiseError(
-                    f"`augment` turns {shape} uint8 images into {out.shape} {out.dtype}\n"
-                    "  fix: keep the native size and type; `model.image_size` and `model.normalize` do the rest"
-                )
+            # In the trial every transform fires: a rare one shall not fail in the middle of a training.
+            for transform in self._compose().transforms:
+                transform.p = 1.0
+            self(np.arange(np.prod(shape), dtype=np.int64).reshape(shape).astype(np.uint8), (0, 0, 0, 0))
+            self._compose_here = threading.local()
 
     def _compose(self) -> A.Compose:
         compose = getattr(self._compose_here, "compose", None)
@@ -77,10 +75,11 @@ class Augment:
             children = []
             for index, entry in enumerate(self._transforms):
                 ((name, parameters),) = entry.items()
+                kind = getattr(A, name)
+                # A few define __init__ without a schema of their own: these know no `strict`, and refuse by themselves.
+                strict = {} if "__init__" in vars(kind) and "InitSchema" not in vars(kind) else {"strict": True}
                 try:
-                    children.append(
-                        getattr(A, name)(**{key: _as_tuple(v) for key, v in parameters.items()}, strict=True)
-                    )
+                    children.append(kind(**{key: _as_tuple(v) for key, v in parameters.items()}, **strict))
                 except (TypeError, ValueError) as error:
                     raise FoldwiseError(f"`augment.{index}.{name}` is refused by albumentations: {error}") from error
             compose = self._compose_here.compose = A.Compose(children, strict=True)
@@ -95,12 +94,17 @@ class Augment:
         compose.set_random_state(generator(Purpose.AUGMENT, *key), python_random(Purpose.AUGMENT, *key))
         try:
             out: np.ndarray = compose(image=image)["image"]
-        except (TypeError, ValueError, KeyError, cv2.error) as error:
+        except (TypeError, ValueError, KeyError, NotImplementedError, cv2.error) as error:
             names = ", ".join(next(iter(entry)) for entry in self._transforms)
             raise FoldwiseError(
                 f"`augment` ({names}) fails on a {image.shape} uint8 image: {error}\n"
                 "  fix: leave out the transforms that need another kind of image (colour ones on gray, say)"
             ) from error
+        if out.shape != image.shape or out.dtype != np.uint8:
+            raise FoldwiseError(
+                f"`augment` turns {image.shape} uint8 images into {out.shape} {out.dtype}\n"
+                "  fix: keep the native size and type; `model.image_size` and `model.normalize` do the rest"
+            )
         return out
 
 
@@ -215,11 +219,13 @@ def mix(images: Tensor, targets: Tensor, spec: MixSpec, key: tuple[int, ...]) ->
     if spec.mixup_alpha == 0 and spec.cutmix_alpha == 0:
         return images, targets
     rng = generator(Purpose.MIX, *key)
-    # All draws are made, whether used or not, so that one option does not shift the draws of another.
+    # All draws are made, whether used or not, and each share has its own stream, since a beta takes more or fewer
+    # numbers by its alpha: so one option does not shift the draws of another.
+    mixup_rng, cutmix_rng = rng.spawn(2)
     mixed, cut = rng.random() < spec.prob, rng.random() < spec.switch_prob
     partner = torch.from_numpy(rng.permutation(len(images))).to(images.device)
-    mixup_share = rng.beta(spec.mixup_alpha, spec.mixup_alpha) if spec.mixup_alpha else 1.0
-    cutmix_share = rng.beta(spec.cutmix_alpha, spec.cutmix_alpha) if spec.cutmix_alpha else 1.0
+    mixup_share = mixup_rng.beta(spec.mixup_alpha, spec.mixup_alpha) if spec.mixup_alpha else 1.0
+    cutmix_share = cutmix_rng.beta(spec.cutmix_alpha, spec.cutmix_alpha) if spec.cutmix_alpha else 1.0
     centre = rng.random(2)
     if not mixed:
         return images, targets

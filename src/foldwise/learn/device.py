@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,10 +118,14 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_memory_mib(device: torch.device) -> int:
-    """Peak memory since the process began: the GPU's on CUDA, else the process's resident set, MiB."""
+def peak_memory_mib(device: torch.device) -> int | None:
+    """Peak memory since the process began: the GPU's on CUDA, else the process's resident set, MiB; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> (20 if sys.platform == "darwin" else 10)
 

@@ -224,7 +224,8 @@ def _make_optimizer(model: nn.Module, optim: OptimSpec, head: set[str]) -> torch
     options: dict[str, Any] = {}
     if optim.name in {"adamw", "adam"}:
         options["fused"] = True
-    if get_optimizer_info(optim.name).has_betas:
+    info = get_optimizer_info(optim.name)
+    if info.has_betas and info.num_betas == 2:
         options["betas"] = (optim.momentum, 0.999)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         split, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum, **options
@@ -239,7 +240,8 @@ def _freeze(model: nn.Module, head: set[str] | None) -> None:
         parameter.requires_grad_(head is None or name in head)
     if head is not None:
         for name, module in model.named_modules():
-            module.train(any(parameter.startswith(f"{name}.") for parameter in head))
+            if module.state_dict():  # what has no state, dropout above all, does as the module that holds it
+                module.train(not name or any(parameter.startswith(f"{name}.") for parameter in head))
 
 
 def lr_multiplier(spec: ScheduleSpec, step: int, steps: int, epochs: int, watched: Sequence[float] = ()) -> float:

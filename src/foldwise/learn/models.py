@@ -68,8 +68,8 @@ class ConvStem(nn.Module):
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_timm: Any) -> None:
         super().__init__()
-        if patch_size != 8:
-            raise ValueError(f"the stem's strides make patches of 8 px, but got {patch_size=}")
+        if patch_size != 8 or img_size % 8:
+            raise ValueError(f"the stem's strides make patches of 8 px, but got ({img_size=}, {patch_size=})")
         self.grid_size = (img_size // 8, img_size // 8)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.patch_size = (8, 8)
@@ -127,9 +127,9 @@ def build_model(spec: ModelSpec, *, classes: int, channels: int) -> nn.Module:
 
     Raises:
         HubError: If pretrained weights are neither cached nor reachable.
-        FoldwiseError: If the constructor refuses an option.
+        FoldwiseError: If the constructor refuses an option, or the network an image of this size.
     """
-    options: dict[str, Any] = {"num_classes": classes, "in_chans": channels, **spec.options}
+    options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
     if spec.dropout:
         options["drop_rate"] = spec.dropout
     if spec.drop_path:
@@ -137,20 +137,28 @@ def build_model(spec: ModelSpec, *, classes: int, channels: int) -> nn.Module:
     config = timm.get_pretrained_cfg(spec.arch, allow_unregistered=True)
     if (config is not None and config.fixed_input_size) or spec.arch == "vit_small_patch8_48":
         options["img_size"] = spec.image_size
+    if taken := sorted(options.keys() & spec.options.keys()):
+        raise FoldwiseError(
+            f"`model.options` holds {', '.join(f'`{key}`' for key in taken)}, which other keys of the files set\n"
+            "  fix: leave that out; `model.image_size`, `dropout`, `drop_path` and the competition decide it"
+        )
+    options |= spec.options
     pretrained = spec.weights == "pretrained"
     if pretrained:
         options["pretrained_cfg_overlay"] = _cached_weights(spec.arch)
     try:
         model: nn.Module = timm.create_model(spec.arch, pretrained=pretrained, **options)
+        with torch.no_grad():  # some constructors take any image size, and only an image shows that it does not fit
+            model.eval()(torch.zeros(1, channels, spec.image_size, spec.image_size))
     except OSError as error:
         raise HubError(_hub_message(spec.arch, error)) from error
-    except (TypeError, ValueError, AssertionError) as error:
-        shown = ", ".join(f"{key}={value}" for key, value in options.items())
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        shown = ", ".join(f"{key}={value}" for key, value in options.items() if key != "pretrained_cfg_overlay")
         raise FoldwiseError(
-            f"`{spec.arch}` cannot be made with {shown}: {error}\n"
+            f"`{spec.arch}` cannot be made with {shown} for {spec.image_size} px: {type(error).__name__}: {error}\n"
             "  fix: see `model.options`, `model.drop_path` and `model.image_size` in the spec"
         ) from error
-    return model
+    return model.train()
 
 
 def _cached_weights(arch: str) -> dict[str, str]:
@@ -219,7 +227,7 @@ class ToInput(nn.Module):
         images = pixels.permute(0, 3, 1, 2).float() / 255
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
-            antialias = min(images.shape[-2:]) > self.image_size
+            antialias = max(images.shape[-2:]) > self.image_size
             images = functional.interpolate(
                 images, size, mode=self.interpolation, align_corners=False, antialias=antialias
             )

@@ -112,7 +112,8 @@ def soft_target_loss(logits: Tensor, targets: Tensor, spec: LossSpec, weights: T
     smooth = targets * (1 - spec.label_smoothing) + spec.label_smoothing / targets.shape[1]
     terms = -smooth * log_probs
     if spec.name == "focal":
-        terms = terms * (1 - log_probs.exp()).clamp_min(0) ** spec.gamma
+        # Below float32's resolution of 1 - p, so that only 0 is lifted: a root's slope there is infinite.
+        terms = terms * (1 - log_probs.exp()).clamp_min(1e-8) ** spec.gamma
     if weights is None:
         return terms.sum(1).mean()
     return (terms * weights).sum() / (targets * weights).sum()

@@ -122,6 +122,8 @@ def predict(
                     with runtime.autocast():
                         logits = model(render(batch, rendering).contiguous(memory_format=runtime.memory_format))
                     share = logits.float().softmax(1) / (len(views) * len(view.renderings))
+                    # Softmax would hide a logit of minus infinity.
+                    share = share.where(logits.isfinite().all(1, keepdim=True), torch.nan)
                     total = share if total is None else total + share
             assert total is not None, "predict needs at least one view"
             chunks.append(total[:count].cpu())

@@ -377,7 +377,7 @@ class RunFolder:
             "started": self.started,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "wall_s": sum(unit.info.get("wall_s", 0.0) for unit in kept),
-            "peak_rss_mib": max(unit.info.get("peak_rss_mib", 0.0) for unit in kept),
+            "peak_rss_mib": max((unit.info.get("peak_rss_mib") or 0 for unit in kept), default=0) or None,
             "hashes": {"folds": context.folds_sha256, "inputs": context.inputs_sha256} | written,
             "weights": {name: sha256_file(path) for name, path in weights.items() if path.exists()},
         }

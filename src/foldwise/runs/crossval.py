@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from foldwise.data.competition import Dataset
+from foldwise.data.folds import SCORED_ONLY
 from foldwise.errors import DeviceError, FoldwiseError
 from foldwise.files import atomic_path, sha256_file
 from foldwise.learn.augment import Augment, Batches, sampling_weights
@@ -66,7 +67,7 @@ class Table:
 def make_table(data: Dataset) -> Table:
     """Join a data set's images with its folds by id."""
     labelled = data.labels >= 0
-    fold = np.full(len(data.ids), -2, dtype=np.int64)
+    fold = np.full(len(data.ids), SCORED_ONLY, dtype=np.int64)
     group = data.ids.copy()
     place = {identity: row for row, identity in enumerate(data.folds.ids)}
     rows = np.array([place[identity] for identity in data.ids[labelled]], dtype=np.int64)
@@ -89,7 +90,7 @@ def smoke_table(table: Table, seed: int) -> Table:
     small = table.take(np.sort(np.concatenate([chosen, test])))
     if (table.fold >= 0).any():
         _, group = np.unique(small.group, return_inverse=True)
-        small = replace(small, fold=np.where(small.labels >= 0, group % _SMOKE_FOLDS, -2))
+        small = replace(small, fold=np.where(small.labels >= 0, group % _SMOKE_FOLDS, SCORED_ONLY))
     return small
 
 
@@ -106,7 +107,8 @@ def inner_slice(
         key: (seed, fold).
 
     Returns:
-        The rows held back, sorted; at least one of every class that has two groups or more.
+        The rows held back, sorted; at least one of every class that has two groups or more, one of them of that class
+        alone.
     """
     classes = labels[rows]
     wanted = {int(c): max(1, round(share * int((classes == c).sum()))) for c in np.unique(classes)}
@@ -190,9 +192,9 @@ def _run_unit(
 ) -> Unit:
     key = (seed, fold)
     make_deterministic(runtime.threads)
-    train_rows = np.flatnonzero((table.labels >= 0) & (table.fold != fold) & (table.fold != -2))
+    train_rows = np.flatnonzero((table.labels >= 0) & (table.fold != fold) & (table.fold != SCORED_ONLY))
     val_rows = np.flatnonzero((table.labels >= 0) & (table.fold == fold))
-    test_rows = np.flatnonzero(table.fold == -2)
+    test_rows = np.flatnonzero(table.fold == SCORED_ONLY)
     watched_rows = val_rows
     if spec.watches and spec.train.watch == "inner":
         watched_rows = inner_slice(train_rows, table.labels, table.group, spec.train.inner_share, key)

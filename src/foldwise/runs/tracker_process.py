@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +17,7 @@ from urllib.parse import quote
 import wandb
 
 from foldwise.files import sha256_json
+from foldwise.spec.load import flatten
 
 # W&B refuses a longer tag.
 TAG_LENGTH = 64
@@ -36,26 +37,6 @@ def run_id(project: str, started: Mapping[str, Any], unit: str) -> str:
         20 hexadecimal digits of a sha256.
     """
     return sha256_json([project, started["experiment"], started["spec"], started["attempt"], unit])[:20]
-
-
-def flat(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Join nested keys with dots, so that `{"optim": {"lr": 1}}` is `{"optim.lr": 1}`.
-
-    Items of a list that holds mappings are keyed by their index; any other list stays a value.
-    """
-    return dict(_leaves("", value))
-
-
-def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        nested = value.items()
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        nested = dict(enumerate(value)).items()
-    else:
-        yield prefix, value
-        return
-    for key, item in nested:
-        yield from _leaves(f"{prefix}.{key}" if prefix else str(key), item)
 
 
 class Follower:
@@ -115,7 +96,7 @@ class Follower:
     def _init_once(self, key: Unit | None) -> Any:
         started = self._started
         experiment = started["experiment"]
-        spec = flat(started["spec"])
+        spec = flatten(started["spec"])
         if key is None:
             unit, name, job_type = "summary", experiment, "summary"
         else:
@@ -195,7 +176,7 @@ class Follower:
             "oof/standard_error": info.get("standard_error"),
             **{f"oof/fold{fold}": score for fold, score in (info.get("fold_scores") or {}).items()},
         }
-        run.summary.update({name: value for name, value in (flat(info) | figures).items() if value is not None})
+        run.summary.update({name: value for name, value in (flatten(info) | figures).items() if value is not None})
         if message["per_class"]:
             columns: list[str | int] = list(message["per_class"][0])
             rows: list[Iterable[Any]] = [row.values() for row in message["per_class"]]
