@@ -74,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     exp.add_argument("--fresh", action="store_true", help="delete the run that is there, and begin anew")
     exp.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
     exp.add_argument(
-        "--track", default=os.environ.get("TRACK", "wandb"), help="wandb, tensorboard, both by comma, or none"
+        "--track", default=os.environ.get("TRACK") or "wandb", help="wandb, tensorboard, both by comma, or none"
     )
-    exp.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "foldwise"), help="the W&B project")
+    exp.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "foldwise", help="the W&B project")
 
     submit = command("submit", _submit, "blend the kept runs and write the submission")
     submit.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")

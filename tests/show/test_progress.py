@@ -28,6 +28,7 @@ from foldwise.show.progress import Board, duration, frame, log_listener, progres
 
 INFO = {
     "experiment": "vit",
+    "competition": "aspicv",
     "metric": "accuracy",
     "score": 0.61234,
     "standard_error": 0.0094,
@@ -114,7 +115,7 @@ def test_plain_lines_to_the_letter() -> None:
         "  wall time  1:02:05\n"
         "  marks      optimistic\n"
         "  kept in    oof/vit\n"
-        "  next       make submit\n"
+        "  next       make submit COMP=aspicv\n"
     )
 
 
@@ -181,7 +182,7 @@ def test_live_view_ends_with_all_units_and_the_same_final_lines(width: int, heig
     assert words[3][-5:] == ["4/4", "0.5000", "0.5400", "done", "0.6200"]
     assert words[4][-5:] == ["4/4", "0.5000", "0.5400", "done", "0.6170"]
     assert last[6].strip() == "3 of 3 units done, accuracy so far 0.6123 +- 0.0115"
-    assert last[-1] == "  next       make submit"
+    assert last[-1] == "  next       make submit COMP=aspicv"
     assert text.count("goes on from fold 1 [brackets stay]") == 1
 
 

@@ -227,6 +227,8 @@ def _make_optimizer(model: nn.Module, optim: OptimSpec, head: set[str]) -> torch
     info = get_optimizer_info(optim.name)
     if info.has_betas and info.num_betas == 2:
         options["betas"] = (optim.momentum, 0.999)
+    if optim.momentum == 0 and (info.defaults or {}).get("nesterov"):
+        options["nesterov"] = False
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         split, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum, **options
     )
@@ -295,7 +297,7 @@ def _plateau_drops(watched: Sequence[float], patience: int) -> int:
 def _check_losses(losses: Sequence[Tensor], images: int, epoch: int, step: int, key: tuple[int, int]) -> None:
     first = (step - 1) // _CHECK_EVERY * _CHECK_EVERY + 1
     mean = float(torch.stack(list(losses)).sum()) / images
-    if not mean < _LARGEST_LOSS:  # NaN is not less than anything
+    if not abs(mean) < _LARGEST_LOSS:  # NaN is not less than anything
         seed, fold = key
         raise DivergedError(
             f"the loss became {mean:.3g} between steps {first} and {step} of epoch {epoch + 1} "

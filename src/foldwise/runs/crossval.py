@@ -168,7 +168,10 @@ def run_units(
             yield _run_unit(
                 spec, table, classes, metric, fold, seed, folder_of(fold, seed), runtime, emit, start_weights
             )
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            # On the CPU it is a plain RuntimeError, known by its words alone.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
             half = max(1, spec.train.batch_size // 2)
             raise DeviceError(
                 f"out of memory on {runtime.device} in fold {fold}: batches of {spec.train.batch_size} images at "

@@ -57,7 +57,7 @@ def run_experiment(
         root: The project's root.
         spec: The experiment.
         options: What belongs to this call.
-        screen: Shows the run to the user; closed at the end, however it comes.
+        screen: Shows the run to the user; once the run's folder is open it is closed at the end, however that comes.
         follow: Makes further listeners for the run's folder (log, trackers), where something is to be run; closed too.
 
     Returns:

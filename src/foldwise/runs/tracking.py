@@ -260,6 +260,6 @@ def tensorboard_tracker(folder: Path) -> TensorboardTracker:
     except ImportError as error:
         raise FoldwiseError(
             f"TensorBoard was asked for, but its package cannot be imported ({error})\n"
-            "  fix: .venv/bin/pip install 'foldwise[tensorboard]'"
+            "  fix: .venv/bin/pip install -e '.[tensorboard]'"
         ) from error
     return TensorboardTracker(folder)

@@ -218,7 +218,7 @@ def closing(event: RunDone) -> list[str]:
     if info.get("smoke"):
         lines.append(f"  next       make exp EXP={name}  (a smoke run's score means nothing)")
     elif (info.get("split") or {}).get("kind", "kfold") == "kfold":
-        lines.append("  next       make submit")
+        lines.append(f"  next       make submit COMP={info.get('competition', '')}")
     return lines
 
 
