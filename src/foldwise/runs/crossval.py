@@ -23,7 +23,7 @@ from foldwise.learn.augment import Augment, Batches, sampling_weights
 from foldwise.learn.device import Runtime, make_deterministic, peak_memory_mib
 from foldwise.learn.fit import Fitted, Row, fit
 from foldwise.learn.keys import Purpose, generator, torch_seed
-from foldwise.learn.models import build_model, head_parameters, to_input
+from foldwise.learn.models import build_model, head_parameters, place, to_input
 from foldwise.learn.objectives import Supervised, loss_class_weights
 from foldwise.learn.predict import parse_view, predict
 from foldwise.metrics import METRICS
@@ -212,7 +212,7 @@ def _run_unit(
     model = build_model(spec.model, classes=len(classes), channels=table.images.shape[-1])
     if start_weights is not None:
         _start_from(model, start_weights(fold, seed), spec.model.weights)
-    model.to(runtime.device).to(memory_format=runtime.memory_format)
+    place(model, runtime)
     prepare = to_input(spec.model, table.images, train_rows).to(runtime.device)
     objective = Supervised(
         table.labels,
