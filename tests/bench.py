@@ -19,7 +19,7 @@ import torch
 from foldwise.learn.augment import Augment, Batches
 from foldwise.learn.device import make_deterministic, pick_runtime
 from foldwise.learn.fit import fit
-from foldwise.learn.models import build_model, to_input
+from foldwise.learn.models import build_model, place, to_input
 from foldwise.learn.objectives import Supervised, soft_target_loss
 from foldwise.metrics import METRICS
 from foldwise.records.ensemble import _caruana
@@ -65,8 +65,8 @@ def _epoch_ratio(arch: str, batch_size: int, count: int = 1024) -> float:
         labels, 7, loss=LossSpec(), mixing=MixSpec(), prepare=prepare, runtime=runtime, class_weights=None
     )
     batches = Batches(images, rows, Augment(TRANSFORMS, (48, 48, 1)), batch_size=batch_size, key=(0, 0))
-    model = build_model(spec, classes=7, channels=1).to(memory_format=runtime.memory_format)
-    bare = build_model(spec, classes=7, channels=1).to(memory_format=runtime.memory_format)
+    model = place(build_model(spec, classes=7, channels=1), runtime)
+    bare = place(build_model(spec, classes=7, channels=1), runtime)
     optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-3, fused=True)
     ready = [
         (prepare(torch.from_numpy(images[i : i + batch_size])).contiguous(memory_format=runtime.memory_format),
@@ -107,8 +107,8 @@ def _check_ratio() -> float:
 def _blend_ratio() -> float:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 7, 2700)
-    stack = rng.dirichlet(np.ones(7), (200, 2700))
-    return _seconds(lambda: _caruana(stack, labels, METRICS["accuracy"])) / _seconds(lambda: stack.argmax(2))
+    stack = np.ascontiguousarray(rng.dirichlet(np.ones(7), (2700, 200)).transpose(0, 2, 1))
+    return _seconds(lambda: _caruana(stack, labels, METRICS["accuracy"])) / _seconds(lambda: stack.argmax(axis=1))
 
 
 if __name__ == "__main__":

@@ -164,17 +164,17 @@ def _exp(root: Path, options: argparse.Namespace) -> int:
     if options.experiment != "all":
         _run(root, _load(root, options.experiment, options), options)
         return 0
-    failed = []
+    failed: dict[str, int] = {}
     for file in sorted((root / "experiments").glob("*.yaml")):
         try:
             _run(root, _load(root, file.stem, options), options)
         except FoldwiseError as error:
-            failed.append(file.stem)
+            failed[file.stem] = error.exit_code
             print(f"{file.stem}: {error}", file=sys.stderr)  # noqa: T201
     if failed:
         noun = "experiment" if len(failed) == 1 else "experiments"
         print(f"{len(failed)} {noun} did not finish: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
-    return 2 if failed else 0
+    return max(failed.values(), default=0)
 
 
 def _run(root: Path, spec: ExperimentSpec, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -194,10 +194,10 @@ def _run(root: Path, spec: ExperimentSpec, options: argparse.Namespace) -> dict[
 
     def follow(path: Path) -> list[Listener]:
         listeners: list[Listener] = [log_listener(path / "run.log")]
+        if "tensorboard" in trackers:  # first, since it may refuse
+            followers.append(tensorboard_tracker(path))
         if "wandb" in trackers and (tracker := wandb_tracker(path, options.project)) is not None:
             followers.append(tracker)
-        if "tensorboard" in trackers:
-            followers.append(tensorboard_tracker(path))
         for follower in followers:
             notes.extend(follower.notes)
             _say(*follower.notes)
@@ -311,10 +311,9 @@ def _demo(root: Path, options: argparse.Namespace) -> int:
 
 
 def _schema(root: Path, _options: argparse.Namespace) -> int:
-    from foldwise.files import atomic_write
-    from foldwise.learn.catalogue import generate, render
+    from foldwise.learn.catalogue import write
 
     path = root / "experiments" / "schema.json"
-    atomic_write(path, render(generate()))
+    write(path)
     _say(f"wrote {path.relative_to(root)}")
     return 0

@@ -22,7 +22,7 @@ def test_the_committed_catalogue_is_current() -> None:
     from foldwise.learn.catalogue import generate, render
 
     assert render(generate()) == SCHEMA.read_text(encoding="utf-8"), (
-        "experiments/schema.json is stale: `python -m foldwise.learn.catalogue` writes it anew"
+        "experiments/schema.json is stale: `python run.py schema` writes it anew"
     )
 
 

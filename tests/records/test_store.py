@@ -158,7 +158,7 @@ def test_a_record_tells_what_ran(project):
     assert (record["marks"], record["external"], record["leak_guard"]) == (["optimistic"], [], None)
     assert (record["attempt"], record["smoke"], record["seeds"]) == (1, False, [42])
     assert record["score"] <= 1
-    assert set(record["hashes"]) == {"folds", "inputs", "spec", "oof", "test"}
+    assert set(record["hashes"]) == {"folds", "inputs", "start", "spec", "oof", "test"}
     assert record["started"] <= record["finished"]
 
 

@@ -103,6 +103,7 @@ def test_the_record_says_what_made_the_run(kept: Any) -> None:
         "leak_guard", "marks", "score_without_tta",
     }  # fmt: skip
     assert record["hashes"] | {"folds": "", "inputs": ""} == {
+        "start": None,
         "folds": "",
         "inputs": "",
         "spec": sha256_file(path / "spec.yaml"),

@@ -111,6 +111,16 @@ def test_weights_that_the_record_does_not_vouch_for_are_refused(resumable: Any) 
         resumable.run(starter(resumable))
 
 
+def test_a_run_does_not_go_on_from_other_weights_than_it_began_with(resumable: Any) -> None:
+    resumable.run(starter(resumable), folds=(0,))
+    shutil.rmtree(resumable.path())
+    resumable.run(resumable.spec(train={"epochs": 3}))
+    with pytest.raises(
+        RecordError, match=r"oof/starter: holds a run of another context:\n  start_sha256: \w{64} -> \w{64}"
+    ):
+        resumable.run(starter(resumable), folds=(1,))
+
+
 def test_a_smoke_run_may_start_from_a_real_one(resumable: Any) -> None:
     record, screen = resumable.run(starter(resumable), smoke=True)
     assert record["smoke"]

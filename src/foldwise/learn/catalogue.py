@@ -223,7 +223,3 @@ def _without_titles(schema: Any) -> Any:
         # a property may be called `title`; its value is then a schema
         if not (key == "title" and isinstance(value, str))
     }
-
-
-if __name__ == "__main__":
-    write(Path("experiments/schema.json"))

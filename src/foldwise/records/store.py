@@ -51,6 +51,7 @@ class Context:
         folds_sha256: Of the split.
         inputs_sha256: Of ids, labels and pixels.
         smoke: Whether this is a smoke run.
+        start_sha256: Of the weights that it starts from; None where it starts from none of another run's.
     """
 
     competition: str
@@ -59,6 +60,7 @@ class Context:
     folds_sha256: str
     inputs_sha256: str
     smoke: bool = False
+    start_sha256: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -378,7 +380,12 @@ class RunFolder:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "wall_s": sum(unit.info.get("wall_s", 0.0) for unit in kept),
             "peak_rss_mib": max((unit.info.get("peak_rss_mib") or 0 for unit in kept), default=0) or None,
-            "hashes": {"folds": context.folds_sha256, "inputs": context.inputs_sha256} | written,
+            "hashes": {
+                "folds": context.folds_sha256,
+                "inputs": context.inputs_sha256,
+                "start": context.start_sha256,
+                **written,
+            },
             "weights": {name: sha256_file(path) for name, path in weights.items() if path.exists()},
         }
         of_units = {key: _common(unit.info.get(key) for unit in kept) for key in ("device", "threads", "precision")}
@@ -567,6 +574,7 @@ def _state_of(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         folds_sha256=record["hashes"]["folds"],
         inputs_sha256=record["hashes"]["inputs"],
         smoke=record["smoke"],
+        start_sha256=record["hashes"].get("start"),
     )
     return {
         "attempt": record["attempt"],

@@ -84,6 +84,7 @@ def run_experiment(
         folds_sha256=folds.sha256,
         inputs_sha256=data.sha256,
         smoke=options.smoke,
+        start_sha256=None if start is None else start.sha256,
     )
     fresh = options.fresh or options.smoke
     with RunFolder.open(path, spec=resolved(spec), spec_yaml=spec_yaml(spec), context=context, fresh=fresh) as folder:

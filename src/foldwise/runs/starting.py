@@ -15,7 +15,7 @@ import torch
 
 from foldwise.data.competition import Dataset
 from foldwise.errors import Fault, RecordError
-from foldwise.files import sha256_file
+from foldwise.files import sha256_file, sha256_json
 from foldwise.records.store import Run, load_run
 from foldwise.spec.model import ModelSpec
 
@@ -26,11 +26,13 @@ class Start:
 
     Attributes:
         weights_of: (fold, seed) to named tensors.
+        sha256: Of all its weights, so that a run does not go on from others than it began with.
         marks: Marks of the other run, which follow.
         external: External data of the other run, which follows.
     """
 
     weights_of: Callable[[int, int], Mapping[str, torch.Tensor]]
+    sha256: str
     marks: list[str]
     external: list[Any]
 
@@ -69,7 +71,7 @@ def starting_point(root: Path, model: ModelSpec, data: Dataset) -> Start | None:
         weights: Mapping[str, torch.Tensor] = safetensors.torch.load_file(path)
         return weights
 
-    return Start(weights_of, list(run.info["marks"]), list(run.info["external"]))
+    return Start(weights_of, sha256_json(run.info["weights"]), list(run.info["marks"]), list(run.info["external"]))
 
 
 def _file(run: Run, unit: str) -> Path:

@@ -75,7 +75,7 @@ def _read(root: Path) -> dict[str, Any]:
             return catalogue
     raise FoldwiseError(
         f"{places[0]}: there is no such file, and names cannot be checked without it\n"
-        "  fix: `python -m foldwise.learn.catalogue` writes it"
+        "  fix: `python run.py schema` writes it"
     )
 
 
