@@ -329,13 +329,14 @@ def test_shrinking_is_antialiased_and_sees_every_pixel() -> None:
     assert torch.allclose(inner, torch.full_like(inner, 1 / 3), atol=0.01)
 
 
-@pytest.mark.parametrize("shape", [(96, 32), (32, 96)])
+@pytest.mark.parametrize("shape", [(144, 32), (32, 144)])
 def test_shrinking_one_side_alone_is_antialiased_too(shape: tuple[int, int]) -> None:
     stripes = np.zeros((1, *shape, 1), dtype=np.uint8)
     if shape[0] > shape[1]:
-        stripes[:, ::2] = 255
+        stripes[:, ::3] = 255
     else:
-        stripes[:, :, ::2] = 255
+        stripes[:, :, ::3] = 255
     small = ToInput(48, "bilinear", [0.0], [1.0])(torch.from_numpy(stripes))
     assert small.shape == (1, 1, 48, 48)
-    assert float(small[..., 2:-2, 2:-2].std()) < 0.15, "without antialiasing every other stripe is all that is seen"
+    inner = small[..., 1:-1, 1:-1]
+    assert torch.allclose(inner, torch.full_like(inner, 1 / 3), atol=0.01), "one pixel in three is all that was seen"

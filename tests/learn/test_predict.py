@@ -55,9 +55,12 @@ def test_rows_are_probabilities(model: nn.Module, pixels: np.ndarray, precision:
 def test_an_image_does_not_depend_on_how_many_others_there_are(
     model: nn.Module, pixels: np.ndarray, cpu: Runtime
 ) -> None:
+    sizes: set[int] = set()
+    model.register_forward_pre_hook(lambda _module, inputs: sizes.add(len(inputs[0])))
     every = probabilities(model, pixels, ALL_VIEWS, cpu)
     for count in (1, 7, 8, 9, 25):
         assert torch.equal(probabilities(model, pixels[:count], ALL_VIEWS, cpu), every[:count])
+    assert sizes == {8}, "some kernels round by the size of the batch"
 
 
 def test_images_may_be_memory_mapped_and_stay_as_they_are(

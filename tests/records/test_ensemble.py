@@ -137,6 +137,16 @@ def test_bad_runs_are_left_out():
     assert blend(runs, metric=ACCURACY, groups=groups, methods=("mean",)).score < result.score
 
 
+def test_a_blend_that_does_not_beat_its_best_run_is_that_run_alone():
+    good, labels, fold = weak_runs(6, models=1, skill=2.0)
+    worse, _, _ = weak_runs(6, models=2, skill=2.0)
+    noisy = softmax(np.log(worse[0]) + np.random.default_rng(1).normal(size=worse[0].shape) * 2)
+    runs, groups = make_runs([good[0], noisy], labels, fold)
+    result = blend(runs, metric=ACCURACY, groups=groups)
+    assert (result.method, by_name(result)) == ("best", {"run00": 1.0})
+    assert result.score == result.naive == ACCURACY.score(labels, good[0])
+
+
 def test_a_loss_is_blended_downwards():
     good, labels, fold = weak_runs(3, models=2, skill=1.5)
     bad = [softmax(6 * np.random.default_rng(0).normal(size=(len(labels), 4)))]
@@ -166,7 +176,7 @@ def test_the_order_of_runs_and_rows_is_of_no_consequence():
 def test_two_folds_leave_nothing_to_choose_a_method_by():
     probs, labels, _ = weak_runs(5, models=3, rows=200)
     runs, groups = make_runs(probs, labels, np.arange(200) % 2)
-    assert blend(runs, metric=ACCURACY, groups=groups).fold_methods == {0: "mean", 1: "mean"}
+    assert blend(runs, metric=ACCURACY, groups=groups).fold_methods == {0: "best", 1: "best"}
 
 
 # --- what is estimated

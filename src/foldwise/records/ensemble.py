@@ -19,9 +19,9 @@ from foldwise.metrics import METRICS, Labels, Metric, log_loss_of
 from foldwise.records.store import Ids, Probs64, Run, rows_of, shown
 from foldwise.stats import bootstrap, interval, paired_difference, standard_error
 
-Method = Literal["mean", "caruana"]
+Method = Literal["best", "mean", "caruana"]
 # The simpler first: a later one must beat it by more than the standard error of the gain.
-METHODS: tuple[Method, ...] = ("mean", "caruana")
+METHODS: tuple[Method, ...] = ("best", "mean", "caruana")
 LEVEL = 0.95
 ROUNDS = 50
 
@@ -56,7 +56,7 @@ class Blend:
         folds_sha256: Of the split that all members share.
         considered: Names of all runs that were offered.
         members: Those that got a weight, the heaviest first, equal ones by name.
-        method: `single`, `mean` or `caruana`.
+        method: `single`, `best`, `mean` or `caruana`.
         fold_methods: The method chosen without each fold, by fold.
         score: Cross-fitted estimate; for a single run its OOF score.
         standard_error: Of `score`.
@@ -122,10 +122,10 @@ def blend(
 ) -> Blend:
     """Weigh runs and estimate what the blend scores.
 
-    `mean` weighs all runs equally. `caruana` is greedy forward selection with replacement (Caruana et al. 2004,
-    "Ensemble selection from libraries of models", ICML), 50 rounds of which the best is kept. A cross-fit chooses
-    between them: `caruana` must gain more than the standard error of its gain. The estimate repeats all of this for
-    each fold without that fold.
+    `best` takes the best run alone, `mean` weighs all equally. `caruana` is greedy forward selection with replacement
+    (Caruana et al. 2004, "Ensemble selection from libraries of models", ICML), 50 rounds of which the best is kept. A
+    cross-fit chooses between them: a later one must gain more than the standard error of its paired gain. The estimate
+    repeats all of this for each fold without that fold.
 
     Args:
         runs: At least one, of the same competition, folds, classes and ids; their order is of no consequence.
@@ -240,6 +240,10 @@ class _CrossFit:
     def _weights(self, method: Method, excluded: frozenset[int]) -> Weights:
         if method == "mean":
             return np.full(len(self._oof), 1 / len(self._oof))
+        if method == "best":
+            rows = ~np.isin(self._fold, list(excluded))
+            scores = [self._metric.sign * self._metric.score(self._labels[rows], probs[rows]) for probs in self._oof]
+            return np.eye(len(self._oof))[int(np.argmax(scores))]
         if excluded not in self._fits:
             rows = ~np.isin(self._fold, list(excluded))
             self._fits[excluded] = _caruana(self._stack[rows], self._labels[rows], self._metric)
