@@ -397,5 +397,5 @@ def test_tensorboard_without_its_package_fails_before_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(FoldwiseError, match=r"fix: \.venv/bin/pip install 'foldwise\[tensorboard\]'"):
+    with pytest.raises(FoldwiseError, match=r"fix: \.venv/bin/pip install -e '\.\[tensorboard\]'"):
         tensorboard_tracker(tmp_path)

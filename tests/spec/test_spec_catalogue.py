@@ -129,5 +129,5 @@ def test_the_roots_own_catalogue_comes_first_and_a_missing_one_is_told(
     path.write_text('{"$defs": {"OptimSpec": {"properties": {"name": {"enum": ["mine"]}}}}}')
     assert complaints({"optim": {"name": "mine"}}, tmp_path, channels=1) == []
     monkeypatch.setattr(catalogue, "SCHEMA", Path("nowhere.json"))
-    with pytest.raises(FoldwiseError, match=r"nowhere\.json: there is no such file.*\n  fix: `python -m"):
+    with pytest.raises(FoldwiseError, match=r"nowhere\.json: there is no such file.*\n  fix: `python run.py schema"):
         complaints({"optim": {"name": "mine"}}, tmp_path / "other", channels=1)

@@ -27,8 +27,8 @@ from foldwise.files import atomic_write
 from foldwise.learn.models import OWN_ARCHS
 from foldwise.spec.model import VIEW_NAME, WEIGHTS, ExperimentSpec
 
-# Optimizers of packages that Foldwise does not install, and one that needs second derivatives.
-_NO_OPTIMIZERS = ("bnb", "fused", "adahessian")
+# Optimizers of packages that Foldwise does not install or that need opt_einsum, and one of second derivatives.
+_NO_OPTIMIZERS = ("bnb", "fused", "adahessian", "kron")
 # They take functions, volumes, boxes or masks, and do nothing of their own on an image alone.
 _NO_TRANSFORMS = ("AtLeastOneBBoxRandomCrop", "ConstrainedCoarseDropout", "Lambda", "ToTensor3D")
 # A transform is tried before it is listed: these are for the parameters that it cannot do without, on 48x48 pixels.
