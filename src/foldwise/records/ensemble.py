@@ -243,7 +243,8 @@ class _CrossFit:
         if method == "best":
             rows = ~np.isin(self._fold, list(excluded))
             scores = [self._metric.sign * self._metric.score(self._labels[rows], probs[rows]) for probs in self._oof]
-            return np.eye(len(self._oof))[int(np.argmax(scores))]
+            alone: Weights = np.eye(len(self._oof))[int(np.argmax(scores))]
+            return alone
         if excluded not in self._fits:
             rows = ~np.isin(self._fold, list(excluded))
             self._fits[excluded] = _caruana(self._stack[rows], self._labels[rows], self._metric)
