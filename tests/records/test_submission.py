@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from datetime import datetime
 
 import numpy as np
@@ -143,10 +144,17 @@ def test_the_description_tells_what_to_expect(project, blended):
 
 def test_the_bytes_depend_on_the_runs_alone(project, blended):
     first = write(project, blended)
+    before = {name: (first / name).read_bytes() for name in ("submission.csv", "blend.json")}
+    shutil.rmtree(first)
     later = write(project, blended, now=datetime(2026, 1, 1))
-    assert first != later
-    for name in ("submission.csv", "blend.json"):
-        assert (first / name).read_bytes() == (later / name).read_bytes()
+    assert later != first
+    assert {name: (later / name).read_bytes() for name in before} == before
+
+
+def test_the_same_blend_again_keeps_its_folder(project, blended):
+    first = write(project, blended)
+    assert write(project, blended, now=datetime(2026, 1, 1)) == first
+    assert [path for path in (project.root / "submissions").iterdir() if path.is_dir()] == [first]
 
 
 def test_rows_are_joined_by_id_and_written_in_the_expected_order(project, blended):

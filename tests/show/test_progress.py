@@ -149,7 +149,7 @@ def test_a_smoke_run_says_so() -> None:
     started = RunStarted("vit", "aspicv", "a", {}, "accuracy", ((0, 42),), (), 1, "cpu", smoke=True)
     lines = plain(iter([started, RunDone(INFO | {"smoke": True}, "oof/.smoke/vit")]), clock).splitlines()
     assert lines[0] == "vit on aspicv (smoke run): 1 unit of 1 epoch; cpu"
-    assert lines[-1] == "  next       make exp EXP=vit  (a smoke run's score means nothing)"
+    assert lines[-1] == "  next       the same without SMOKE=1 (a smoke run's score means nothing)"
 
 
 @pytest.mark.parametrize(("environment", "live"), [({}, True), ({"CI": "true"}, False), ({"TERM": "dumb"}, False)])

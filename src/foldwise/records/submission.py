@@ -106,7 +106,7 @@ def write_submission(
         expected_ids: The ids to predict, in the order to write.
         id_column: Name of the first column.
         label_column: Name of the second.
-        now: Names the folder, to the second.
+        now: Names the folder, to the second, unless the very same blend has one already.
 
     Returns:
         The folder of this submission.
@@ -141,7 +141,9 @@ def write_submission(
 
     digest = sha256_bytes(content)
     description = pretty_json(_describe(blend, Counter(labels), digest))
-    path = folder / f"{now:%Y%m%d-%H%M%S}-{digest[:8]}"
+    # The same blend again is the same submission: it keeps its folder.
+    same = [file.parent for file in folder.glob(f"*-{digest[:8]}/{_BLEND}") if file.read_text("utf-8") == description]
+    path = min(same, default=folder / f"{now:%Y%m%d-%H%M%S}-{digest[:8]}")
     for place in (path, folder):
         # A description must never stand beside a submission that it does not describe.
         (place / _BLEND).unlink(missing_ok=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -167,9 +166,9 @@ class Board:
         for (fold, _), unit in scored.items():
             if unit.standard_error is not None:
                 folds.setdefault(fold, []).append(unit.standard_error)
-        error = math.sqrt(sum(statistics.fmean(errors) ** 2 for errors in folds.values())) / max(1, len(folds))
+        error = math.hypot(*(sum(errors) / len(errors) for errors in folds.values())) / max(1, len(folds))
         spread = f" +- {error:.4f}" if folds else ""
-        return f"{done}, {self.started.metric} so far {statistics.fmean(scores):.4f}{spread}"
+        return f"{done}, {self.started.metric} so far {sum(scores) / len(scores):.4f}{spread}"
 
 
 def duration(seconds: float) -> str:
@@ -216,7 +215,7 @@ def closing(event: RunDone) -> list[str]:
         lines.append("  marks      " + ", ".join(marks))
     lines.append(f"  kept in    {event.path}")
     if info.get("smoke"):
-        lines.append(f"  next       make exp EXP={name}  (a smoke run's score means nothing)")
+        lines.append("  next       the same without SMOKE=1 (a smoke run's score means nothing)")
     elif (info.get("split") or {}).get("kind", "kfold") == "kfold":
         lines.append(f"  next       make submit COMP={info.get('competition', '')}")
     return lines
