@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -180,20 +180,12 @@ def fit(
 class _State:
     """What a checkpoint holds beside the weights and the optimizer."""
 
-    history: list[Row]
-    best_score: float
-    best_epoch: int
-    best_weights: dict[str, Tensor] | None
-    stopped_early: bool
-    wall_s: float
-
-    def __init__(self) -> None:
-        self.history = []
-        self.best_score = -math.inf
-        self.best_epoch = 0
-        self.best_weights = None
-        self.stopped_early = False
-        self.wall_s = 0.0
+    history: list[Row] = field(default_factory=list)
+    best_score: float = -math.inf
+    best_epoch: int = 0
+    best_weights: dict[str, Tensor] | None = None
+    stopped_early: bool = False
+    wall_s: float = 0.0
 
     def follow(self, score: float, scored: nn.Module, *, keep: bool, patience: int | None) -> None:
         """Note an epoch's watched figure: the best so far, and whether it is time to stop."""

@@ -69,10 +69,8 @@ def make_table(data: Dataset) -> Table:
     labelled = data.labels >= 0
     fold = np.full(len(data.ids), SCORED_ONLY, dtype=np.int64)
     group = data.ids.copy()
-    place = {identity: row for row, identity in enumerate(data.folds.ids)}
-    rows = np.array([place[identity] for identity in data.ids[labelled]], dtype=np.int64)
-    fold[labelled] = data.folds.fold[rows]
-    group[labelled] = data.folds.group[rows]
+    fold[labelled] = data.folds.of(data.ids[labelled])
+    group[labelled] = data.folds.groups_of(data.ids[labelled])
     return Table(data.images, data.ids, data.labels, fold, group)
 
 

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from foldwise.data.competition import load_dataset
 from foldwise.data.folds import Folds
 from foldwise.errors import FoldwiseError
 from foldwise.learn.device import pick_runtime
 from foldwise.metrics import METRICS, confusion_matrix, per_class_table
-from foldwise.records.store import Context, RunFolder, Unit, load_run, shown
+from foldwise.records.store import Context, RunFolder, Unit, load_run, rows_of, shown
 from foldwise.runs.crossval import Table, make_table, run_units, smoke_table
 from foldwise.runs.events import Event, Listener, Message, RunDone, RunStarted, UnitDone
 from foldwise.runs.provenance import command_line, git_state, versions
@@ -96,9 +94,8 @@ def run_experiment(
 
         try:
             if (record := folder.record) is not None:
-                done = _done(path, record)
                 emit(Message(f"{spec.name} is complete and kept; FRESH=1 (--fresh) redoes it"))
-                emit(done)
+                emit(_done(path, record))
                 return record
             listeners.extend(follow(path))
             kept = {unit: found for unit in units if (found := folder.finished(*unit)) is not None}
@@ -141,7 +138,7 @@ def run_experiment(
             record = folder.complete(
                 units,
                 folds=folds,
-                labels=_labels_of(table, folds),
+                labels=table.labels[rows_of(table.ids, folds.ids)],
                 metric=metric,
                 info={
                     "score_without_tta": _without_tta(list(kept.values())),
@@ -187,11 +184,6 @@ def _smoke_spec(spec: ExperimentSpec) -> ExperimentSpec:
 def _folds_of(table: Table) -> Folds:
     labelled = table.labels >= 0
     return Folds(table.ids[labelled], table.fold[labelled], table.group[labelled])
-
-
-def _labels_of(table: Table, folds: Folds) -> np.ndarray:
-    label_of = dict(zip(table.ids.tolist(), table.labels.tolist(), strict=True))
-    return np.array([label_of[identity] for identity in folds.ids.tolist()], dtype=np.int64)
 
 
 def _unit_done(unit: Unit) -> UnitDone:
