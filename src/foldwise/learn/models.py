@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from foldwise.errors import FoldwiseError, HubError
 from foldwise.learn.device import Runtime
-from foldwise.spec.model import ModelSpec
+from foldwise.spec.model import HeadSpec, ModelSpec
 
-OWN_ARCHS = ("cnn_3block", "vit_small_patch8_48")
+OWN_ARCHS = ("cnn_3block", "cnn_3stage_cbam", "vit_small_patch8_48")
 """Foldwise's own architectures; importing this module registers them with timm."""
 
 # Mean and standard deviation of ImageNet's RGB channels, for pixels in [0, 1].
@@ -64,6 +64,81 @@ class ThreeBlockCNN(nn.Module):
         return logits
 
 
+class ChannelAttention(nn.Module):
+    """How much each channel counts: a shared two-layer network on its mean and its maximum (Woo et al. 2018)."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        inner = channels // reduction
+        self.layers = nn.Sequential(
+            nn.Linear(channels, inner, bias=False), nn.ReLU(), nn.Linear(inner, channels, bias=False)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 1, 1) in (0, 1)."""
+        flat = features.flatten(2)
+        gate: Tensor = torch.sigmoid(self.layers(flat.mean(2)) + self.layers(flat.max(2).values))
+        return gate[:, :, None, None]
+
+
+class SpatialAttention(nn.Module):
+    """How much each place counts: a 7x7 convolution on the mean and the maximum over channels (Woo et al. 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, 1, H, W) in (0, 1)."""
+        pooled = torch.cat([features.mean(1, keepdim=True), features.max(1, keepdim=True).values], dim=1)
+        return torch.sigmoid(self.conv(pooled))
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention module: channels first, then places (Woo et al. 2018, arXiv 1807.06521)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channel = ChannelAttention(channels)
+        self.spatial = SpatialAttention()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        features = features * self.channel(features)
+        attended: Tensor = features * self.spatial(features)
+        return attended
+
+
+class ThreeStageCBAM(nn.Module):
+    """Three stages of two convolutions, pooling and CBAM (64-128-256), then a two-layer head; 1.2 M parameters."""
+
+    def __init__(self, num_classes: int = 7, in_chans: int = 1, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.stages = nn.Sequential()
+        for inner, outer in pairwise((in_chans, 64, 128, 256)):
+            layers: list[nn.Module] = []
+            for width in (inner, outer):
+                layers += [nn.Conv2d(width, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
+            # Attention after the pooling costs a quarter of attention before it.
+            self.stages.append(nn.Sequential(*layers, nn.MaxPool2d(2), CBAM(outer)))
+        self.head = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(128, num_classes))
+
+    def get_classifier(self) -> nn.Module:
+        """The layers that are new for every set of classes."""
+        return self.head
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - timm's signature
+        """Layers from input to output, for layer-wise learning rates."""
+        return {"stem": r"^stages\.0", "blocks": r"^stages\.(\d+)"}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) float -> (B, classes) logits."""
+        features: Tensor = self.stages(images).mean(dim=(2, 3))
+        logits: Tensor = self.head(features)
+        return logits
+
+
 class ConvStem(nn.Module):
     """Patch embedding by three convolutions of stride 2, which lets a ViT learn from little data (Xiao et al. 2021)."""
 
@@ -94,6 +169,15 @@ def cnn_3block(pretrained: bool = False, **options: Any) -> nn.Module:
     for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         options.pop(unused, None)
     return ThreeBlockCNN(**options)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def cnn_3stage_cbam(pretrained: bool = False, **options: Any) -> nn.Module:
+    """`ThreeStageCBAM`; has no pretrained weights."""
+    _refuse_pretrained("cnn_3stage_cbam", pretrained)
+    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        options.pop(unused, None)
+    return ThreeStageCBAM(**options)
 
 
 @register_model  # type: ignore[untyped-decorator]
@@ -149,6 +233,8 @@ def build_model(spec: ModelSpec, *, classes: int, channels: int) -> nn.Module:
         options["pretrained_cfg_overlay"] = _cached_weights(spec.arch)
     try:
         model: nn.Module = timm.create_model(spec.arch, pretrained=pretrained, **options)
+        if spec.head is not None:
+            _replace_head(model, spec.head, spec.arch, classes)
         with torch.no_grad():  # some constructors take any image size, and only an image shows that it does not fit
             model.eval()(torch.zeros(1, channels, spec.image_size, spec.image_size))
     except OSError as error:
@@ -160,6 +246,32 @@ def build_model(spec: ModelSpec, *, classes: int, channels: int) -> nn.Module:
             "  fix: see `model.options`, `model.drop_path` and `model.image_size` in the spec"
         ) from error
     return model.train()
+
+
+_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+def _replace_head(model: nn.Module, head: HeadSpec, arch: str, classes: int) -> None:
+    """Put the described classifier where the network's own one is."""
+    find: Any = getattr(model, "get_classifier", lambda: None)
+    own = find()
+    linear = [module for module in own.modules() if isinstance(module, nn.Linear)] if isinstance(own, nn.Module) else []
+    place = next((name for name, module in model.named_modules() if module is own), None)
+    if not linear or not place:
+        raise FoldwiseError(
+            f"`model.head` cannot replace the classifier of `{arch}`, which is not of linear layers\n"
+            "  fix: leave `head` out, and use `model.dropout`"
+        )
+    layers: list[nn.Module] = []
+    width = linear[0].in_features
+    rates = head.dropout or (0.0,) * (len(head.hidden) + 1)
+    for outer, rate in zip((*head.hidden, classes), rates, strict=True):
+        if layers:
+            layers.append(_ACTIVATIONS[head.activation]())
+        layers += [nn.Dropout(rate), nn.Linear(width, outer)]
+        width = outer
+    parent, _, name = place.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Sequential(*layers))
 
 
 def _cached_weights(arch: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from foldwise.data.folds import SCORED_ONLY, Folds, read_folds
 from foldwise.errors import Fault, RecordError
 from foldwise.files import atomic_write, pretty_json, sha256_file, sha256_json
 from foldwise.metrics import METRICS, Labels, Metric
-from foldwise.spec.load import differences
+from foldwise.spec.load import differences, with_defaults
 from foldwise.spec.yaml import read_yaml
 from foldwise.stats import standard_error
 
@@ -396,6 +396,7 @@ class RunFolder:
             "parameters": None,
             "command": None,
             "tracker": None,
+            "label_map": None,
         }
         honesty: dict[str, Any] = {"external": [], "leak_guard": None, "marks": []}
         return computed | of_units | defaults | honesty | {key: info[key] for key in info if key not in computed}
@@ -472,6 +473,8 @@ def _unblendable(info: Mapping[str, Any], competition: str, folds_sha256: str) -
         return "is a smoke run"
     if info["split"]["kind"] != "kfold":
         return f"has no out-of-fold predictions for every image (split kind {info['split']['kind']})"
+    if info.get("label_map"):
+        return f"is scored on {len(info['classes'])} classes of its own ({', '.join(info['classes'])})"
     if info["hashes"]["folds"] != folds_sha256:
         return f"was made on other folds ({info['hashes']['folds'][:8]}, now {folds_sha256[:8]})"
     return ""
@@ -588,7 +591,7 @@ def _refuse_other(path: Path, spec: dict[str, Any], old_context: dict[str, Any],
     faults = []
     name_fix = f"give this one a name (NAME=...), or {FRESH}"
     for what, old, new, fix in (
-        ("spec", read_yaml(path / _SPEC).value, spec, name_fix),
+        ("spec", with_defaults(read_yaml(path / _SPEC).value), spec, name_fix),
         ("context", old_context, context, f"put back what it was made with, or {FRESH}"),
     ):
         lines = differences(old, new)

@@ -5,6 +5,7 @@ Rows are split by the committed folds; what is watched during training is an inn
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +24,13 @@ from foldwise.learn.augment import Augment, Batches, sampling_weights
 from foldwise.learn.device import Runtime, make_deterministic, peak_memory_mib
 from foldwise.learn.fit import Fitted, Row, fit
 from foldwise.learn.keys import Purpose, generator, torch_seed
-from foldwise.learn.models import build_model, head_parameters, place, to_input
+from foldwise.learn.models import ToInput, build_model, head_parameters, place, to_input
 from foldwise.learn.objectives import Supervised, loss_class_weights
 from foldwise.learn.predict import parse_view, predict
 from foldwise.metrics import METRICS
 from foldwise.records.store import Unit
 from foldwise.runs.events import EpochDone, Event, Message, StepDone, UnitStarted
-from foldwise.spec.model import ExperimentSpec
+from foldwise.spec.model import ExperimentSpec, ModelSpec, mapped_classes
 from foldwise.stats import standard_error
 
 _PREDICT_PIXELS = 256 * 96 * 96  # input pixels of a forward pass in `predict`, which holds no gradients
@@ -72,6 +73,15 @@ def make_table(data: Dataset) -> Table:
     fold[labelled] = data.folds.of(data.ids[labelled])
     group[labelled] = data.folds.groups_of(data.ids[labelled])
     return Table(data.images, data.ids, data.labels, fold, group)
+
+
+def relabelled(
+    table: Table, classes: Sequence[str], label_map: Mapping[str, str] | None
+) -> tuple[Table, tuple[str, ...]]:
+    """The table in the classes that an experiment learns, and these classes; see `ExperimentSpec.label_map`."""
+    own, becomes = mapped_classes(classes, label_map)
+    # The last place is for label -1, the unlabelled.
+    return replace(table, labels=np.array([*becomes, -1], dtype=np.int64)[table.labels]), own
 
 
 def smoke_table(table: Table, seed: int) -> Table:
@@ -139,6 +149,7 @@ def run_units(
     runtime: Runtime,
     emit: Callable[[Event], None],
     start_weights: Callable[[int, int], Mapping[str, torch.Tensor]] | None = None,
+    new_head: bool = False,
 ) -> Iterator[Unit]:
     """Train units one after another and yield each with its predictions.
 
@@ -152,6 +163,7 @@ def run_units(
         runtime: Device, precision and threads.
         emit: Takes events.
         start_weights: Weights for a unit to start from, where the spec says `run:<exp>`.
+        new_head: Leave those weights' head aside, since it is of other classes.
 
     Yields:
         Finished units, with nothing stored but `weights.safetensors` and the last checkpoint in their folders.
@@ -164,7 +176,7 @@ def run_units(
     for fold, seed in units:
         try:
             yield _run_unit(
-                spec, table, classes, metric, fold, seed, folder_of(fold, seed), runtime, emit, start_weights
+                spec, table, classes, metric, fold, seed, folder_of(fold, seed), runtime, emit, start_weights, new_head
             )
         except RuntimeError as error:
             # On the CPU it is a plain RuntimeError, known by its words alone.
@@ -190,6 +202,7 @@ def _run_unit(
     runtime: Runtime,
     emit: Callable[[Event], None],
     start_weights: Callable[[int, int], Mapping[str, torch.Tensor]] | None,
+    new_head: bool,
 ) -> Unit:
     key = (seed, fold)
     make_deterministic(runtime.threads)
@@ -209,7 +222,7 @@ def _run_unit(
     torch.manual_seed(torch_seed(Purpose.INIT, *key))
     model = build_model(spec.model, classes=len(classes), channels=table.images.shape[-1])
     if start_weights is not None:
-        _start_from(model, start_weights(fold, seed), spec.model.weights)
+        _start_from(model, start_weights(fold, seed), spec.model.weights, new_head=new_head)
     place(model, runtime)
     prepare = to_input(spec.model, table.images, train_rows).to(runtime.device)
     objective = Supervised(
@@ -293,7 +306,7 @@ def _run_unit(
     weights = folder / "weights.safetensors"
     with atomic_path(weights) as temporary:
         state = {name: tensor.contiguous().cpu() for name, tensor in fitted.model.state_dict().items()}
-        safetensors.torch.save_file(state, temporary)
+        safetensors.torch.save_file(state, temporary, metadata=metadata(spec.model, classes, prepare))
     score = METRICS[metric].score
     true, groups = table.labels[val_rows], table.group[val_rows]
     return Unit(
@@ -319,6 +332,17 @@ def _run_unit(
     )
 
 
+def metadata(model: ModelSpec, classes: Sequence[str], prepare: ToInput) -> dict[str, str]:
+    """What a file of weights says of itself, so that it serves without the data: network, classes, normalisation."""
+    told = {
+        "model": model.model_dump(mode="json"),
+        "classes": list(classes),
+        "mean": prepare.mean.flatten().tolist(),
+        "std": prepare.std.flatten().tolist(),
+    }
+    return {"foldwise": json.dumps(told, sort_keys=True)}
+
+
 def _account(fitted: Fitted, runtime: Runtime) -> dict[str, object]:
     return {
         "epochs": len(fitted.history),
@@ -332,11 +356,15 @@ def _account(fitted: Fitted, runtime: Runtime) -> dict[str, object]:
     }
 
 
-def _start_from(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load another run's weights; the head stays as it was made where its shape differs."""
+def _start_from(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str, *, new_head: bool) -> None:
+    """Load another run's weights; the head stays as it was made where it is to be new or its shape differs."""
     own = model.state_dict()
     head = head_parameters(model)
-    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    fitting = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name in own and own[name].shape == tensor.shape and not (new_head and name in head)
+    }
     missing = [name for name in own if name not in fitting and name not in head]
     if missing:
         raise FoldwiseError(

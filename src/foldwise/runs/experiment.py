@@ -16,7 +16,7 @@ from foldwise.errors import FoldwiseError
 from foldwise.learn.device import pick_runtime
 from foldwise.metrics import METRICS, confusion_matrix, per_class_table
 from foldwise.records.store import Context, RunFolder, Unit, load_run, rows_of, shown
-from foldwise.runs.crossval import Table, make_table, run_units, smoke_table
+from foldwise.runs.crossval import Table, make_table, relabelled, run_units, smoke_table
 from foldwise.runs.events import Event, Listener, Message, RunDone, RunStarted, UnitDone
 from foldwise.runs.provenance import command_line, git_state, versions
 from foldwise.runs.starting import starting_point
@@ -65,7 +65,7 @@ def run_experiment(
         FoldwiseError: For whatever the user can mend; what was finished before is kept.
     """
     data = load_dataset(root, spec.competition)
-    table = make_table(data)
+    table, classes = relabelled(make_table(data), data.competition.classes, spec.label_map)
     path = root / "oof" / spec.name
     if options.smoke:
         spec, table, path = _smoke_spec(spec), smoke_table(table, spec.seeds[0]), root / "oof" / ".smoke" / spec.name
@@ -77,7 +77,7 @@ def run_experiment(
     wanted = _units(table, spec, options.folds)
     context = Context(
         competition=spec.competition,
-        classes=data.competition.classes,
+        classes=classes,
         split=data.competition.split.model_dump(mode="json"),
         folds_sha256=folds.sha256,
         inputs_sha256=data.sha256,
@@ -118,13 +118,14 @@ def run_experiment(
             trained = run_units(
                 spec,
                 table,
-                data.competition.classes,
+                classes,
                 metric.name,
                 [unit for unit in wanted if unit not in kept],
                 folder_of=folder.unit_path,
                 runtime=runtime,
                 emit=emit,
                 start_weights=None if start is None else start.weights_of,
+                new_head=start is not None and start.classes != classes,
             )
             for unit in trained:
                 folder.save_unit(unit)
@@ -144,6 +145,7 @@ def run_experiment(
                     "score_without_tta": _without_tta(list(kept.values())),
                     "parameters": next(iter(kept.values())).info["parameters"],
                     "tta": list(spec.tta),
+                    "label_map": spec.label_map,
                     "git": git_state(root),
                     "versions": versions(),
                     "command": command_line(),

@@ -29,12 +29,14 @@ class Start:
         sha256: Of all its weights, so that a run does not go on from others than it began with.
         marks: Marks of the other run, which follow.
         external: External data of the other run, which follows.
+        classes: Classes of its head, which serves where they are the experiment's own.
     """
 
     weights_of: Callable[[int, int], Mapping[str, torch.Tensor]]
     sha256: str
     marks: list[str]
     external: list[Any]
+    classes: tuple[str, ...]
 
 
 def starting_point(root: Path, model: ModelSpec, data: Dataset) -> Start | None:
@@ -71,7 +73,9 @@ def starting_point(root: Path, model: ModelSpec, data: Dataset) -> Start | None:
         weights: Mapping[str, torch.Tensor] = safetensors.torch.load_file(path)
         return weights
 
-    return Start(weights_of, sha256_json(run.info["weights"]), list(run.info["marks"]), list(run.info["external"]))
+    return Start(
+        weights_of, sha256_json(run.info["weights"]), list(run.info["marks"]), list(run.info["external"]), run.classes
+    )
 
 
 def _file(run: Run, unit: str) -> Path:

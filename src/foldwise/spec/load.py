@@ -5,9 +5,12 @@ Also the way back: a resolved spec as YAML, as flat keys, and as the differences
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from foldwise.errors import Fault, SpecError
 from foldwise.files import sha256_json
@@ -96,6 +99,14 @@ def split_overrides(text: str) -> list[str]:
 def spec_yaml(spec: ExperimentSpec) -> str:
     """The resolved spec as YAML, every default in it; it reads back to an equal spec."""
     return dump_yaml(resolved(spec))
+
+
+def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A spec as it was resolved, with the keys that have come since at their defaults; as it is where it is no spec."""
+    try:
+        return resolved(ExperimentSpec.model_validate_json(json.dumps(tree)))
+    except ValidationError:
+        return tree
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +199,8 @@ def _reference_faults(document: Document, stem: str, root: Path) -> Iterator[Fau
     if isinstance(competition, str) and EXPERIMENT_NAME.fullmatch(competition):
         described = root / "inputs" / competition / "competition.yaml"
         if described.is_file():
-            channels = _channels(described)
+            channels, classes = _channels_and_classes(described)
+            yield from _label_map_faults(document, competition, classes)
         else:
             known = [folder.parent.name for folder in sorted((root / "inputs").glob("*/competition.yaml"))]
             make = "make demo" if competition == "demo" else f"make data COMP={competition} FROM=<folder>"
@@ -203,13 +215,29 @@ def _reference_faults(document: Document, stem: str, root: Path) -> Iterator[Fau
         yield from _source_faults(document, weights.removeprefix("run:"), stem, root)
 
 
-def _channels(path: Path) -> int | None:
+def _channels_and_classes(path: Path) -> tuple[int | None, list[str]]:
     try:
-        image = read_yaml(path).value.get("image")
+        description = read_yaml(path).value
     except SpecError:
-        return None  # whoever loads the competition tells what is wrong with it
+        return None, []  # whoever loads the competition tells what is wrong with it
+    image, classes = description.get("image"), description.get("classes")
     channels = image.get("channels") if isinstance(image, dict) else None
-    return channels if isinstance(channels, int) else None
+    return channels if isinstance(channels, int) else None, classes if isinstance(classes, list) else []
+
+
+def _label_map_faults(document: Document, competition: str, classes: list[str]) -> Iterator[Fault]:
+    label_map = document.value.get("label_map")
+    if not isinstance(label_map, dict) or not classes:
+        return
+    theirs = f"the classes of {competition} are: {', '.join(classes)}"
+    for label in label_map:
+        if label not in classes:
+            guess = did_you_mean(label, classes)
+            what = f"`label_map` maps {label!r}, which is no class of {competition}"
+            yield document.fault(("label_map", label), what, f"{guess} {theirs}" if guess else theirs, on_key=True)
+    if left := [label for label in classes if label not in label_map]:
+        what = f"`label_map` must map every class, but leaves out {', '.join(left)}"
+        yield document.fault(("label_map",), what, f"map it to itself where it stays; {theirs}", on_key=True)
 
 
 def _source_faults(document: Document, source: str, stem: str, root: Path) -> Iterator[Fault]:

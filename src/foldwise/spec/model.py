@@ -6,6 +6,7 @@ Defaults live here and nowhere else; a builder takes its section, not the whole 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -26,6 +27,27 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class HeadSpec(Section):
+    """A classifier of several layers in place of the network's own: dropout, linear, activation, ..., linear."""
+
+    hidden: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
+        (), description="Widths of the hidden layers; none is one linear layer."
+    )
+    dropout: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        (), description="Dropout before each linear layer, one more than `hidden`; [] is none at all."
+    )
+    activation: Literal["relu", "gelu", "silu"] = Field("relu", description="After each hidden layer.")
+
+    @model_validator(mode="after")
+    def _one_dropout_a_layer(self) -> Self:
+        if self.dropout and len(self.dropout) != len(self.hidden) + 1:
+            raise ValueError(
+                f"`dropout` needs one value before each of the {len(self.hidden) + 1} linear layers, but got "
+                f"{list(self.dropout)}"
+            )
+        return self
+
+
 class ModelSpec(Section):
     """Which network, from which weights, on which input."""
 
@@ -35,6 +57,7 @@ class ModelSpec(Section):
     )
     image_size: int = Field(48, ge=16, le=1024, description="Side of the square that the network sees, px.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the classifier.")
+    head: HeadSpec | None = Field(None, description="A classifier of several layers; null: the network's own.")
     drop_path: float = Field(0.0, ge=0, lt=1, description="Stochastic depth; ViT, ConvNeXt and the like.")
     normalize: Literal["imagenet", "half", "unit", "dataset"] = Field(
         "dataset",
@@ -51,6 +74,12 @@ class ModelSpec(Section):
         if not WEIGHTS.fullmatch(value):
             raise ValueError(f"expected `pretrained`, `none` or `run:<experiment>`, but got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _one_dropout(self) -> Self:
+        if self.head is not None and self.dropout:
+            raise ValueError("`dropout` belongs to the network's own classifier: with `head`, give `head.dropout`")
+        return self
 
 
 class MixSpec(Section):
@@ -130,6 +159,11 @@ class ExperimentSpec(Section):
     name: str = Field(description="The file's stem.")
     competition: str = Field(description="A folder under `inputs/`.")
     seeds: tuple[int, ...] = Field((42,), min_length=1, description="One unit a fold and seed; averaged.")
+    label_map: dict[str, str] | None = Field(
+        None,
+        description="From every class of the competition to the class that this experiment learns; classes of one name "
+        "merge. The run is scored on its own classes, and never blended with runs of others.",
+    )
     model: ModelSpec
     augment: tuple[dict[str, dict[str, Any]], ...] = Field(
         (), description="albumentations transforms by name, with their parameters, applied in order at the native size."
@@ -158,6 +192,16 @@ class ExperimentSpec(Section):
             raise ValueError(f"expected distinct seeds, but got {list(value)}")
         if any(not 0 <= seed < 2**32 for seed in value):
             raise ValueError(f"expected seeds from 0 to 2**32 - 1, but got {list(value)}")
+        return value
+
+    @field_validator("label_map")
+    @classmethod
+    def _two_classes_or_more(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value is not None:
+            if any(not label.strip() for label in value.values()):
+                raise ValueError("a class must not be blank")
+            if len(set(value.values())) < 2:
+                raise ValueError(f"expected two classes or more, but all become {', '.join(set(value.values()))!r}")
         return value
 
     @field_validator("tta")
@@ -204,6 +248,25 @@ class ExperimentSpec(Section):
     def marks(self) -> list[str]:
         """Marks that follow from the spec alone: `optimistic` where the scored fold is watched."""
         return ["optimistic"] if self.watches and self.train.watch == "scored" else []
+
+
+def mapped_classes(classes: Sequence[str], label_map: Mapping[str, str] | None) -> tuple[tuple[str, ...], list[int]]:
+    """The classes that an experiment learns.
+
+    Args:
+        classes: The competition's, in the order of their indices.
+        label_map: The experiment's; None leaves them as they are.
+
+    Returns:
+        The experiment's classes, each where the first of the competition's that become it is; and for each of the
+        competition's classes the index of what it becomes.
+
+    Raises:
+        KeyError: If a class is not mapped.
+    """
+    names = [label if label_map is None else label_map[label] for label in classes]
+    own = tuple(dict.fromkeys(names))
+    return own, [own.index(name) for name in names]
 
 
 def resolved(spec: ExperimentSpec) -> dict[str, Any]:
