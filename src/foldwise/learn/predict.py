@@ -20,6 +20,7 @@ from foldwise.spec.model import VIEW_NAME
 
 _SHIFT = 1 / 12  # of a side: 4 px at 48
 _CROP = 0.9  # side of a crop, as a share of the image's
+_PIXELS = 256 * 96 * 96  # input pixels of a forward pass, which holds no gradients
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ def render(images: Tensor, rendering: Tensor | None) -> Tensor:
     theta = rendering.to(images.device).expand(len(images), 2, 3)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def predict_batch_size(image_size: int) -> int:
+    """Images a forward pass of `predict`, for inputs of `image_size` px a side; the bits may depend on it."""
+    return max(1, min(128, _PIXELS // image_size**2))
 
 
 def predict(

@@ -26,14 +26,13 @@ from foldwise.learn.fit import Fitted, Row, fit
 from foldwise.learn.keys import Purpose, generator, torch_seed
 from foldwise.learn.models import ToInput, build_model, head_parameters, place, to_input
 from foldwise.learn.objectives import Supervised, loss_class_weights
-from foldwise.learn.predict import parse_view, predict
+from foldwise.learn.predict import parse_view, predict, predict_batch_size
 from foldwise.metrics import METRICS
 from foldwise.records.store import Unit
 from foldwise.runs.events import EpochDone, Event, Message, StepDone, UnitStarted
 from foldwise.spec.model import ExperimentSpec, ModelSpec, mapped_classes
 from foldwise.stats import standard_error
 
-_PREDICT_PIXELS = 256 * 96 * 96  # input pixels of a forward pass in `predict`, which holds no gradients
 _SMOKE_IMAGES, _SMOKE_TEST_IMAGES, _SMOKE_FOLDS = 64, 16, 2
 
 
@@ -242,7 +241,6 @@ def _run_unit(
         key=key,
         weights=sampling_weights(spec.sampler, table.labels[train_rows], len(classes)),
     )
-    batch_size = max(1, min(128, _PREDICT_PIXELS // spec.model.image_size**2))
 
     def probabilities(scored: nn.Module, rows: np.ndarray, views: Sequence[str]) -> np.ndarray:
         probs = predict(
@@ -251,7 +249,7 @@ def _run_unit(
             [parse_view(name) for name in views],
             prepare=prepare,
             runtime=runtime,
-            batch_size=batch_size,
+            batch_size=predict_batch_size(spec.model.image_size),
         )
         return probs.numpy().reshape(len(rows), len(classes))
 

@@ -15,8 +15,9 @@ import torch
 
 from foldwise.data.competition import Dataset
 from foldwise.errors import Fault, RecordError
-from foldwise.files import sha256_file, sha256_json
+from foldwise.files import sha256_json
 from foldwise.records.store import Run, load_run
+from foldwise.runs.kept import verify_weights, weight_files
 from foldwise.spec.model import ModelSpec
 
 
@@ -58,28 +59,18 @@ def starting_point(root: Path, model: ModelSpec, data: Dataset) -> Start | None:
     name = model.weights.removeprefix("run:")
     run = load_run(root / "oof" / name)
     _refuse_leak(run, data)
-    missing = [unit for unit in run.info["weights"] if not _file(run, unit).exists()]
-    if missing or not run.info["weights"]:
-        what = f"its weights are not on this machine: {', '.join(missing) or 'none were kept'}"
-        raise RecordError([Fault(f"oof/{name}", what, f"train it here: make exp EXP={name} FRESH=1")])
+    files = weight_files(run)
 
     def weights_of(fold: int, seed: int) -> Mapping[str, torch.Tensor]:
         seeds = run.info["seeds"]
-        unit = f"fold{fold}/seed{seed if seed in seeds else seeds[0]}"
-        path = _file(run, unit)
-        if sha256_file(path) != run.info["weights"][unit]:
-            what = "is not the file that run.json vouches for"
-            raise RecordError([Fault(f"oof/{name}/{unit}/{path.name}", what, f"make exp EXP={name} FRESH=1")])
+        path = files[fold, seed if seed in seeds else seeds[0]]
+        verify_weights(run, path)
         weights: Mapping[str, torch.Tensor] = safetensors.torch.load_file(path)
         return weights
 
     return Start(
         weights_of, sha256_json(run.info["weights"]), list(run.info["marks"]), list(run.info["external"]), run.classes
     )
-
-
-def _file(run: Run, unit: str) -> Path:
-    return run.path / unit / "weights.safetensors"
 
 
 def _refuse_leak(run: Run, data: Dataset) -> None:
