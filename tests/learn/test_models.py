@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from foldwise.errors import FoldwiseError, HubError
-from foldwise.learn.models import OWN_ARCHS, ToInput, build_model, head_parameters, to_input
-from foldwise.spec.model import ModelSpec
+from foldwise.learn.models import CBAM, OWN_ARCHS, ToInput, build_model, head_parameters, to_input
+from foldwise.spec.model import HeadSpec, ModelSpec
 
 # --- Networks ---
 
@@ -33,6 +33,9 @@ from foldwise.spec.model import ModelSpec
     [
         ("cnn_3block", 7, 1, 403_911),
         ("cnn_3block", 10, 3, 403_911 + 3 * 129 + 2 * 64 * 9),
+        ("cnn_3stage_cbam", 7, 1, 1_189_997),
+        ("cnn_3stage_cbam", 10, 3, 1_189_997 + 3 * 129 + 2 * 64 * 9),
+        ("resnet18", 4, 1, 11_172_292),
         ("vit_small_patch8_48", 7, 1, 3_776_023),
         ("vit_small_patch8_48", 10, 3, 3_776_023 + 3 * 193 + 2 * 48 * 9),
     ],
@@ -42,6 +45,55 @@ def test_own_networks_have_their_size_and_shape(arch: str, classes: int, channel
     assert model.training
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert model(torch.rand(2, channels, 48, 48)).shape == (2, classes)
+
+
+def test_attention_gates_channels_then_places_as_its_paper_says() -> None:
+    torch.manual_seed(0)
+    cbam, features = CBAM(32), torch.randn(3, 32, 6, 5)
+    inner, outer = cbam.channel.layers[0].weight, cbam.channel.layers[2].weight
+
+    def shared(pooled: torch.Tensor) -> torch.Tensor:
+        return (pooled @ inner.T).clamp_min(0) @ outer.T
+
+    channels = torch.sigmoid(shared(features.mean((2, 3))) + shared(features.amax((2, 3))))
+    gated = features * channels[:, :, None, None]
+    pooled = torch.stack([gated.mean(1), gated.amax(1)], dim=1)
+    places = torch.sigmoid(functional.conv2d(pooled, cbam.spatial.conv.weight, padding=3))
+    torch.testing.assert_close(cbam(features), gated * places)
+
+
+HEAD = {"hidden": (256,), "dropout": (0.5, 0.3)}
+
+
+def test_a_described_head_replaces_the_networks_own() -> None:
+    spec = ModelSpec(arch="mobilenetv2_100", image_size=64, head=HeadSpec(**HEAD))
+    model: Any = build_model(spec, classes=7, channels=1)
+    kinds = [type(layer).__name__ for layer in model.classifier]
+    assert kinds == ["Dropout", "Linear", "ReLU", "Dropout", "Linear"]
+    assert [layer.p for layer in model.classifier if isinstance(layer, torch.nn.Dropout)] == [0.5, 0.3]
+    assert sum(parameter.numel() for parameter in model.classifier.parameters()) == 1280 * 256 + 256 + 256 * 7 + 7
+    assert head_parameters(model) == {f"classifier.{layer}.{kind}" for layer in (1, 4) for kind in ("weight", "bias")}
+    assert model(torch.rand(2, 1, 64, 64)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("arch", ["cnn_3block", "vit_small_patch8_48", "test_convnext", "test_resnet"])
+@pytest.mark.parametrize("hidden", [(), (8, 5)])
+def test_every_kind_of_network_takes_a_described_head(arch: str, hidden: tuple[int, ...]) -> None:
+    spec = ModelSpec(arch=arch, head=HeadSpec(hidden=hidden, activation="gelu"))
+    model = build_model(spec, classes=3, channels=1)
+    shapes = [tuple(p.shape) for name, p in model.named_parameters() if name in head_parameters(model) and p.ndim == 2]
+    assert [outer for outer, _ in shapes] == [*hidden, 3]
+    assert [inner for _, inner in shapes[1:]] == list(hidden)
+    assert model(torch.rand(2, 1, 48, 48)).shape == (2, 3)
+
+
+def test_a_classifier_that_is_not_one_module_cannot_be_replaced() -> None:
+    with pytest.raises(FoldwiseError) as caught:
+        build_model(ModelSpec(arch="deit_tiny_distilled_patch16_224", head=HeadSpec()), classes=3, channels=1)
+    assert str(caught.value) == (
+        "`model.head` cannot replace the classifier of `deit_tiny_distilled_patch16_224`, which is not of linear "
+        "layers\n  fix: leave `head` out, and use `model.dropout`"
+    )
 
 
 def test_own_networks_are_timms_too() -> None:

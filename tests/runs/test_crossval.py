@@ -18,7 +18,7 @@ from foldwise.data.readers import ImageSpec
 from foldwise.errors import DeviceError, FoldwiseError
 from foldwise.learn.device import pick_runtime
 from foldwise.records.store import Unit
-from foldwise.runs.crossval import Table, inner_slice, make_table, run_units, smoke_table
+from foldwise.runs.crossval import Table, inner_slice, make_table, relabelled, run_units, smoke_table
 from foldwise.runs.events import EpochDone, Event, UnitStarted
 from foldwise.spec.model import ExperimentSpec, ModelSpec, OptimSpec, TrainSpec
 
@@ -283,6 +283,33 @@ def test_too_little_memory_names_the_setting_that_trains_the_same_in_less(tmp_pa
         "out of memory on cpu in fold 1: batches of 16 images at 16 px are too much for `vit_small"
     )
     assert 'SET="train.batch_size=8 train.accumulate=4"' in message
+
+
+def test_merged_classes_are_what_is_learnt_and_the_unlabelled_stay_so() -> None:
+    table = make_table(dataset())
+    merged, classes = relabelled(table, CLASSES, {"happy": "good", "sad": "bad", "angry": "bad"})
+    assert classes == ("good", "bad")
+    named = np.array([*CLASSES, "none"])[table.labels]
+    expected = {"happy": 0, "sad": 1, "angry": 1, "none": -1}
+    assert merged.labels.tolist() == [expected[name] for name in named.tolist()]
+    same, classes = relabelled(table, CLASSES, None)
+    assert classes == CLASSES
+    np.testing.assert_array_equal(same.labels, table.labels)
+
+
+def test_a_head_of_other_classes_is_left_aside_though_it_fits(tmp_path: Path) -> None:
+    table = make_table(dataset())
+    spec = spec_of(epochs=1).model_copy(update={"optim": OptimSpec(lr=1e-12)})
+    (made,), _ = run(table, tmp_path / "made", spec_of(), units=((0, 42),))
+    weights = safetensors.torch.load_file(tmp_path / "made" / "fold0" / "seed42" / "weights.safetensors")
+    weights["head.bias"] = torch.tensor([50.0, 0.0, 0.0])
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": "run:other"})})
+    start = {"start_weights": lambda _fold, _seed: weights}
+    (same,), _ = run(table, tmp_path / "same", spec, units=((0, 42),), **start)
+    (anew,), _ = run(table, tmp_path / "anew", spec, units=((0, 42),), new_head=True, **start)
+    assert same.val_probs[:, 0].min() > 0.99
+    assert anew.val_probs[:, 0].max() < 0.9
+    assert made.val_ids.tolist() == anew.val_ids.tolist()
 
 
 def test_weights_of_another_network_are_refused_and_another_head_is_made_anew(tmp_path: Path) -> None:

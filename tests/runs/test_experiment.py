@@ -400,3 +400,18 @@ def test_a_run_goes_on_without_the_images_cache(resumable: Any, kept: Any) -> No
         path.unlink()
     record, _ = resumable.run(resumable.spec())
     assert record["hashes"]["inputs"] == load_run(kept.path()).info["hashes"]["inputs"]
+
+
+def test_merged_classes_are_scored_and_kept_out_of_blends(project: Any) -> None:
+    names = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
+    label_map = {name: "good" if name in ("happy", "surprise") else "other" for name in names}
+    spec = project.spec("merged").model_copy(update={"label_map": label_map})
+    record, _ = project.run(spec)
+    assert (record["classes"], record["label_map"]) == (["other", "good"], label_map)
+    oof = project.table("merged", "oof.csv")
+    assert list(oof.columns) == ["id", "fold", "label", "p_other", "p_good"]
+    assert record["score"] == hits(oof).mean()
+    given = pd.read_csv(project.root / "inputs" / "demo" / "train.csv", dtype=str).set_index("id")["label"]
+    assert (oof["label"] == oof["id"].map(given).map(label_map)).all()
+    runs, skipped = list_runs(project.root, "demo")
+    assert (runs, skipped) == ([], ["merged: is scored on 2 classes of its own (other, good)"])

@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from foldwise.spec.model import ExperimentSpec, resolved
+from foldwise.spec.model import ExperimentSpec, mapped_classes, resolved
 
 LEAST: dict[str, Any] = {
     "name": "a",
@@ -48,6 +50,14 @@ def test_the_least_spec_is_valid_frozen_and_whole_when_resolved() -> None:
             {"model": {"arch": "a", "weights": "hub"}},
             "expected `pretrained`, `none` or `run:<exp.*>`, but got 'hub'",
         ),
+        (
+            {"model": {"arch": "a", "head": {"hidden": [256], "dropout": [0.5]}}},
+            "one value before each of the 2 linear layers, but got \\[0.5\\]",
+        ),
+        ({"model": {"arch": "a", "head": {"hidden": [0]}}}, "greater than or equal to 1"),
+        ({"model": {"arch": "a", "head": {}, "dropout": 0.2}}, "with `head`, give `head.dropout`"),
+        ({"label_map": {"x": "one", "y": "one"}}, "expected two classes or more, but all become 'one'"),
+        ({"label_map": {"x": "one", "y": " "}}, "a class must not be blank"),
         ({"optim": {"lr": 1, "layer_decay": 0.7, "backbone_lr_scale": 0.1}}, "both set the backbone's rate"),
         ({"train": {"epochs": 3, "freeze_backbone_epochs": 3}}, "must hold, but got \\(3, 3\\)"),
         ({"schedule": {"warmup_epochs": 4}}, "must hold, but got \\(4.0, 3\\)"),
@@ -58,6 +68,17 @@ def test_the_least_spec_is_valid_frozen_and_whole_when_resolved() -> None:
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(**changes)
+
+
+@given(st.lists(st.sampled_from("abcdef"), unique=True, min_size=2), st.data())
+def test_merged_classes_keep_the_order_of_their_first(classes: list[str], data: st.DataObject) -> None:
+    label_map = {label: data.draw(st.sampled_from("XYZ")) for label in classes}
+    own, becomes = mapped_classes(classes, label_map)
+    assert set(own) == set(label_map.values())
+    assert [own[index] for index in becomes] == [label_map[label] for label in classes]
+    firsts = [becomes.index(index) for index in range(len(own))]
+    assert firsts == sorted(firsts)
+    assert mapped_classes(classes, None) == (tuple(classes), list(range(len(classes))))
 
 
 @pytest.mark.parametrize(
