@@ -144,6 +144,27 @@ def test_no_score_no_submission() -> None:
     )
 
 
+def test_a_held_out_part_merged_classes_and_sources_are_told_for_what_they_are() -> None:
+    info = INFO | {
+        "split": {"kind": "column"},
+        "fold_scores": {"0": 0.6123},
+        "marks": [],
+        "test_score": 0.59,
+        "test_standard_error": 0.02,
+        "source_scores": {"web": {"score": 0.6, "standard_error": 0.03, "n_scored": 1200}},
+        "label_map": {"angry": "bad", "happy": "good", "sad": "bad"},
+        "classes": ["bad", "good"],
+    }
+    assert plain(iter([RunDone(info, "oof/vit")]), Clock()) == (
+        "vit: held-out accuracy 0.6123 +- 0.0094 (standard error)\n"
+        "  test part  accuracy 0.5900 +- 0.0200\n"
+        "  source     web: 0.6000 +- 0.0300, 1,200 images\n"
+        "  classes    3 merged into 2: bad, good\n"
+        "  wall time  1:02:05\n"
+        "  kept in    oof/vit\n"
+    )
+
+
 def test_a_smoke_run_says_so() -> None:
     clock = Clock()
     started = RunStarted("vit", "aspicv", "a", {}, "accuracy", ((0, 42),), (), 1, "cpu", smoke=True)

@@ -194,21 +194,30 @@ def opening(started: RunStarted) -> str:
 
 
 def closing(event: RunDone) -> list[str]:
-    """The lines that a run ends with: score, folds, time, marks, place, and what to run next."""
+    """The lines that a run ends with: score, folds, sources, time, marks, place, and what to run next."""
     info: Mapping[str, Any] = event.info
     name = info.get("experiment", Path(event.path).name)
-    score, error = info.get("score"), info.get("standard_error")
+    crossed = (info.get("split") or {}).get("kind", "kfold") == "kfold"
+    metric, score, error = info.get("metric", "score"), info.get("score"), info.get("standard_error")
     if score is None:
         lines = [f"{name}: trained, nothing held out to score"]
     else:
         spread = "" if error is None else f" +- {error:.4f} (standard error)"
-        lines = [f"{name}: OOF {info.get('metric', 'score')} {score:.4f}{spread}"]
-    if scores := info.get("fold_scores"):
+        lines = [f"{name}: {'OOF' if crossed else 'held-out'} {metric} {score:.4f}{spread}"]
+    if (test := info.get("test_score")) is not None:
+        lines.append(f"  test part  {metric} {test:.4f} +- {info.get('test_standard_error') or 0:.4f}")
+    if crossed and (scores := info.get("fold_scores")):
         errors = info.get("fold_standard_errors") or {}
         shown = [
             _number(score) + (f" +- {errors[fold]:.4f}" if fold in errors else "") for fold, score in scores.items()
         ]
         lines.append("  folds      " + ", ".join(shown))
+    for source, told in (info.get("source_scores") or {}).items():
+        told_score = f"{told['score']:.4f} +- {told['standard_error']:.4f}"
+        lines.append(f"  source     {source}: {told_score}, {told['n_scored']:,} images")
+    if label_map := info.get("label_map"):
+        classes = info.get("classes", [])
+        lines.append(f"  classes    {len(label_map)} merged into {len(classes)}: {', '.join(classes)}")
     if info.get("wall_s") is not None:
         lines.append(f"  wall time  {duration(info['wall_s'])}")
     if marks := info.get("marks"):
@@ -216,7 +225,7 @@ def closing(event: RunDone) -> list[str]:
     lines.append(f"  kept in    {event.path}")
     if info.get("smoke"):
         lines.append("  next       the same without SMOKE=1 (a smoke run's score means nothing)")
-    elif (info.get("split") or {}).get("kind", "kfold") == "kfold":
+    elif crossed and not label_map:
         lines.append(f"  next       make submit COMP={info.get('competition', '')}")
     return lines
 
