@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foldwise.data.duplicates import Pair, groups, near_duplicates
+from foldwise.data.duplicates import Pair, groups, near_duplicates, nearest
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -56,3 +56,16 @@ def test_groups_are_connected_components_named_by_their_smallest_index(edges: li
     for _ in range(5):
         reach = reach @ reach
     assert group.tolist() == [int(np.flatnonzero(reach[index])[0]) for index in range(20)]
+
+
+@pytest.mark.parametrize("block", [3, 2048])
+def test_nearest_is_numpys_correlation(block: int) -> None:
+    rng = np.random.default_rng(4)
+    images, others = (rng.integers(0, 256, (count, 6, 5, 1)).astype(np.uint8) for count in (7, 11))
+    images[2] = others[8] // 2 + 20  # the same picture, darker
+    rows, similarity = nearest(images, others, block=block)
+    expected = np.corrcoef(images.reshape(7, -1), others.reshape(11, -1))[:7, 7:]
+    np.testing.assert_array_equal(rows, expected.argmax(axis=1))
+    np.testing.assert_allclose(similarity, expected.max(axis=1), atol=1e-5)
+    assert rows[2] == 8
+    assert similarity[2] > 0.99

@@ -54,6 +54,34 @@ def near_duplicates(images: npt.NDArray[np.uint8], *, threshold: float = 0.98, b
     return sorted(pairs)
 
 
+def nearest(
+    images: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8], *, block: int = 2048
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Find for each image the most similar one of another set, by the correlation of `near_duplicates`.
+
+    Args:
+        images: (N, H, W, C) uint8, 0-255; may be memory-mapped.
+        others: (M, H, W, C) uint8, M at least 1.
+        block: Images compared at a time; memory grows with it.
+
+    Returns:
+        (N,) int64 rows of `others`, and (N,) float32 correlations. A constant image is taken to be like nothing: 0.
+    """
+    row_of = np.zeros(len(images), dtype=np.int64)
+    similarity = np.full(len(images), -np.inf, dtype=np.float32)
+    for start in range(0, len(images), block):
+        rows = _unit_rows(images[start : start + block])
+        place = slice(start, start + len(rows))
+        for other in range(0, len(others), block):
+            close = rows @ _unit_rows(others[other : other + block]).T
+            best = close.argmax(axis=1)
+            value = close[np.arange(len(rows)), best]
+            better = value > similarity[place]
+            row_of[place][better] = best[better] + other
+            similarity[place][better] = value[better]
+    return row_of, np.minimum(similarity, 1)
+
+
 def groups(count: int, pairs: Iterable[Pair]) -> npt.NDArray[np.int64]:
     """Chain pairs into groups: the connected components of the graph whose edges they are.
 
