@@ -14,6 +14,7 @@ FOLDS  ?=
 SMOKE  ?=
 FRESH  ?=
 FROM   ?=
+KAGGLE ?=
 RUNS   ?=
 export DEVICE TRACK WANDB_PROJECT
 
@@ -36,8 +37,8 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)  ## draw a demo competition, train two experiments on it, blend and score: no data needed
 	@$(RUN) demo $(if $(FRESH),--fresh)
 
-data: $(READY)  ## take in a competition's files: COMP=aspicv FROM=<folder with train.csv and the images>
-	@$(if $(FROM),,$(error say where the files are: make data COMP=$(COMP) FROM=<folder>))$(RUN) data --comp $(COMP) --from "$(FROM)"
+data: $(READY)  ## take in a competition's files, in any usual form: COMP=aspicv FROM=<folder|hf:owner/name> or KAGGLE=<slug>
+	@$(if $(FROM)$(KAGGLE),,$(error say where the files are: make data COMP=$(COMP) FROM=<folder> or KAGGLE=<slug>))$(RUN) data --comp $(COMP) $(if $(KAGGLE),--kaggle "$(KAGGLE)",--from "$(FROM)")
 
 check: $(READY)  ## say everything that is wrong with experiment files: [EXP=<name>] [SET="a.b=v"]
 	@$(RUN) check $(EXP) $(if $(SET),--set '$(SET)') $(if $(NAME),--name $(NAME))

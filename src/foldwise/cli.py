@@ -64,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
 
     data = command("data", _data, "check a competition's files as handed out, and take them in")
     data.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
-    data.add_argument("--from", dest="source", required=True, type=Path, help="folder with train.csv and the images")
+    origin = data.add_mutually_exclusive_group(required=True)
+    origin.add_argument(
+        "--from", dest="source", type=_source, help="its folder, or hf:<owner/name>[@revision][:config]"
+    )
+    origin.add_argument("--kaggle", metavar="SLUG", help="fetch it: <competition>, or <owner>/<dataset>")
 
     exp = command("exp", _exp, "train an experiment on its folds, or go on with it")
     exp.add_argument("experiment", metavar="EXP", help="a name under experiments/, or `all`")
@@ -87,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command("schema", _schema, "write experiments/schema.json anew from the installed libraries")
     return parser
+
+
+def _source(text: str) -> Path | str:
+    return text if text.startswith("hf:") else Path(text)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +164,15 @@ def _data(root: Path, options: argparse.Namespace) -> int:
 
     from foldwise.data.ingest import ingest, render
 
-    Console(soft_wrap=True, highlight=False).print(render(ingest(options.source, root, options.comp)))
+    with tempfile.TemporaryDirectory() as fetched:
+        source = options.source
+        if options.kaggle:
+            from foldwise.data.download import fetch_kaggle
+
+            source = Path(fetched)
+            fetch_kaggle(options.kaggle, source)
+        report = ingest(source, root, options.comp)
+    Console(soft_wrap=True, highlight=False).print(render(report))
     return 0
 
 

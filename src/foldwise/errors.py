@@ -84,7 +84,7 @@ class RecordError(FaultsError):
 
 
 class HubError(FoldwiseError):
-    """Pretrained weights are neither in the local cache nor reachable."""
+    """What a hub holds, weights or a data set, is neither in the local cache nor reachable."""
 
     exit_code = 3
 

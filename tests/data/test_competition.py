@@ -47,6 +47,13 @@ def test_defaults(tmp_path: Path) -> None:
         (YAML.replace("[a, b]", "[a, a]"), ["competition.yaml:2:10: ", "'a' is given twice"]),
         (YAML + "test_ids: 11-9\n", ["competition.yaml:4:11: ", "expected `first-last` with first <= last"]),
         (YAML + "columns: {id: x, label: x}\n", ["must differ, but both are 'x'"]),
+        (YAML + "class_map: {x: c}\n", ["`class_map` maps 'x' to 'c', which is none of `classes`"]),
+        (YAML + "sources:\n  - {name: s, path: ../s}\n  - {name: S, path: s}\n", [
+            "competition.yaml:5:21: ", "expected a folder below FROM, but got '../s'",
+            "competition.yaml:6:12: ", "expected lower-case letters, digits and `_`, but got 'S'",
+        ]),
+        (YAML + "sources: [{name: s, path: s}, {name: s, path: t}]\n", ["but 's' is given twice"]),
+        (YAML + "class_map: {x: a}\nsources: [{name: s, path: s}]\n", ["`class_map` has no effect with `sources`"]),
         (YAML + "metrics: accuracy\n", ["competition.yaml:4:1: unknown key `metrics`", "did you mean `metric`?"]),
         (YAML.replace("height: 2", "height: 0") + "split: {kind: full, folds: 3}\n", [
             "competition.yaml:3:17: ", "has no effect with `kind: full`", "2 errors; nothing ran.",
@@ -198,3 +205,17 @@ def test_files_that_do_not_fit_are_named(spoil, message: str, copy: Path, monkey
     with pytest.raises(FoldwiseError) as caught:
         load_dataset(copy, "demo")
     assert str(caught.value).startswith(message)
+
+
+def test_a_star_takes_any_suffix_but_one_file_an_id(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy)
+    before = load_dataset(copy, "demo")
+    folder = copy / "inputs" / "demo"
+    yaml = (folder / "competition.yaml").read_text()
+    (folder / "competition.yaml").write_text(yaml.replace("{id}.jpg", "{id}.*"))
+    with Image.open(folder / "images" / "7.jpg") as image:
+        image.save(folder / "images" / "7.png")
+    with pytest.raises(DataError, match=r"inputs/demo/images/7\.png: is a second file of the id '7', after 7\.jpg"):
+        load_dataset(copy, "demo")
+    (folder / "images" / "7.jpg").unlink()
+    assert load_dataset(copy, "demo").sha256 == before.sha256

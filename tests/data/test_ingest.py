@@ -14,9 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from foldwise.data import ingest as module
-from foldwise.data import readers
 from foldwise.data.competition import load_competition, load_dataset
 from foldwise.data.ingest import IngestReport, ingest, render
+from foldwise.data.readers.table import MEMBER_BYTES
 from foldwise.errors import DataError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -175,7 +175,8 @@ BROKEN = {
     "colour": (
         put("9.png", GRAY_RGB),
         "hand/dataset.zip:9.png: has the mode RGB, but gray (L) is expected",
-        "convert it to gray, which loses nothing as its three channels are equal",
+        "convert it to gray, which loses nothing as its three channels are equal; "
+        "`image.convert: true` in competition.yaml does it",
     ),
     "twice": (
         rewrite(b"2,a\n", b"2,a\n2,b\n"),
@@ -214,7 +215,7 @@ BROKEN = {
         "do not unpack it; ask for an archive that stays in its own folder",
     ),
     "bomb": (
-        put("4.png", bytes(readers.MEMBER_BYTES + 1)),
+        put("4.png", bytes(MEMBER_BYTES + 1)),
         "hand/dataset.zip:4.png: unpacks to 67,108,865 bytes, more than 67,108,864",
         "remove it; no image is that large",
     ),

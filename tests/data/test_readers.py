@@ -10,16 +10,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from foldwise.data.readers import (
-    ColumnsSpec,
-    FilesSpec,
-    HandOutError,
-    ImageSpec,
-    decode,
-    header_of,
-    open_images,
-    read_table,
-)
+from foldwise.data.readers import ColumnsSpec, FilesSpec, HandOutError, ImageSpec, decode, header_of, read_table
+from foldwise.data.readers.images import png_of, suffix_of
+from foldwise.data.readers.table import open_images
 from foldwise.errors import DataError, Fault
 
 
@@ -152,12 +145,14 @@ JPEG = encoded(np.random.default_rng(0).integers(0, 255, (16, 16)).astype(np.uin
         (
             encoded(np.stack([ramp(16, 16)] * 3, axis=-1)),
             "x: has the mode RGB, but gray (L) is expected\n"
-            "  fix: convert it to gray, which loses nothing as its three channels are equal\n",
+            "  fix: convert it to gray, which loses nothing as its three channels are equal; "
+            "`image.convert: true` in competition.yaml does it\n",
         ),
         (
             encoded(np.stack([ramp(16, 16), ramp(16, 16), ramp(16, 16).T], axis=-1)),
             "x: has the mode RGB, but gray (L) is expected\n"
-            "  fix: convert it to gray, or set `image.channels` in competition.yaml to 3\n",
+            "  fix: convert it to gray (`image.convert: true` in competition.yaml does it), "
+            "or set `image.channels` to 3\n",
         ),
     ],
 )
@@ -181,6 +176,35 @@ def test_any_cut_of_an_image_is_a_fault_and_never_a_crash(cut: int) -> None:
         decode(JPEG[:cut], GRAY, "x")
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_is_converted_where_the_description_says_so_and_sixteen_bits_never(channels: int, mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(ramp(16, 16)).convert(mode).save(buffer, "TIFF")
+    spec = ImageSpec(height=16, width=16, channels=channels, convert=True)  # type: ignore[arg-type]
+    if mode == "I;16":
+        with pytest.raises(DataError, match="has the mode I;16, which does not fit 8 bits a channel"):
+            decode(buffer.getvalue(), spec, "x")
+    else:
+        pixels = decode(buffer.getvalue(), spec, "x")
+        assert pixels.shape == (16, 16, channels)
+        tolerance = 255 if mode == "1" else 6
+        assert np.abs(pixels[..., 0].astype(int) - ramp(16, 16)).max() <= tolerance
+
+
+def test_a_png_of_pixels_gives_them_back() -> None:
+    raw = png_of(ramp(16, 16))
+    assert (decode(raw, GRAY, "x")[..., 0] == ramp(16, 16)).all()
+    assert [suffix_of(raw), suffix_of(JPEG), suffix_of(b"<html>")] == [".png", ".jpg", ".png"]
+
+
+def test_any_image_suffix_fits_a_star() -> None:
+    files = FilesSpec(pattern="img_{id}.*")
+    assert [files.id_of(name) for name in ("img_7.jpg", "img_7.a.PNG", "img_7.txt", "img_.jpg", "7.jpg")] == [
+        "7", "7.a", None, None, None,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("pattern", ["{id}.jpg", "img_{id}.png", "{id}"])
 def test_pattern_goes_both_ways(pattern: str) -> None:
     files = FilesSpec(pattern=pattern)
@@ -188,7 +212,7 @@ def test_pattern_goes_both_ways(pattern: str) -> None:
     assert files.id_of(files.file_of("")) is None
 
 
-@pytest.mark.parametrize("pattern", ["x.jpg", "{id}{id}.jpg", "a/{id}.jpg", "{ID}.jpg"])
+@pytest.mark.parametrize("pattern", ["x.jpg", "{id}{id}.jpg", "a/{id}.jpg", "{ID}.jpg", "*{id}.jpg", "{id}_*.jpg"])
 def test_a_pattern_holds_one_id(pattern: str) -> None:
     with pytest.raises(ValidationError, match="expected a file name with"):
         FilesSpec(pattern=pattern)

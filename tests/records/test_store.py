@@ -586,3 +586,22 @@ def test_listed_runs_are_those_that_may_be_blended_and_the_others_say_why(projec
         "other: is of competition faces",
         "smoke: is a smoke run",
     ]
+
+
+def test_each_source_of_a_merged_set_is_scored_apart(project):
+    sources = np.array(["web", "lab", "web"] * 20)
+    with project.open("vit") as folder:
+        for fold in range(3):
+            folder.save_unit(project.unit(fold))
+        record = folder.complete(
+            [(fold, 42) for fold in range(3)],
+            folds=project.folds, labels=project.labels, metric=METRICS["accuracy"], info={}, sources=sources,
+        )  # fmt: skip
+    oof = pd.read_csv(folder.path / "oof.csv", dtype={"id": str}).set_index("id").loc[project.ids]
+    predicted = oof.filter(like="p_").to_numpy().argmax(axis=1)
+    for name in ("lab", "web"):
+        part = sources == name
+        told = record["source_scores"][name]
+        assert (told["score"], told["n_scored"]) == ((predicted == project.labels)[part].mean(), part.sum())
+        assert 0 < told["standard_error"] < 0.2
+    assert set(record["source_scores"]) == {"lab", "web"}

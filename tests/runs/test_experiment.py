@@ -97,10 +97,10 @@ def test_the_record_says_what_made_the_run(kept: Any) -> None:
     record = json.loads((path / "run.json").read_text())
     assert set(record) == {
         "schema_version", "experiment", "competition", "metric", "score", "standard_error", "fold_scores",
-        "fold_standard_errors", "seed_scores", "seed_std", "n_scored", "test_score", "test_standard_error", "classes",
-        "split", "seeds", "smoke", "attempt", "started", "finished", "wall_s", "peak_rss_mib", "hashes", "weights",
-        "device", "threads", "precision", "git", "versions", "tta", "parameters", "command", "tracker", "external",
-        "leak_guard", "marks", "score_without_tta", "label_map",
+        "fold_standard_errors", "seed_scores", "seed_std", "source_scores", "n_scored", "test_score",
+        "test_standard_error", "classes", "split", "seeds", "smoke", "attempt", "started", "finished", "wall_s",
+        "peak_rss_mib", "hashes", "weights", "device", "threads", "precision", "git", "versions", "tta", "parameters",
+        "command", "tracker", "external", "leak_guard", "marks", "score_without_tta", "label_map",
     }  # fmt: skip
     assert record["hashes"] | {"folds": "", "inputs": ""} == {
         "start": None,

@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -40,6 +42,31 @@ from foldwise.spec.model import Section
 from foldwise.spec.yaml import read_yaml, validate
 
 
+class SourceSpec(Section):
+    """One of several hand-outs that make up a competition."""
+
+    name: str = Field(description="Ids become `<name>-<id>`.")
+    path: str = Field(description="Its folder below FROM, or `hf:<owner/name>[@revision][:config]`.")
+    class_map: dict[str, str | None] = Field(
+        default_factory=dict, description="From its class names to the competition's; null: left out."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_prefix(cls, value: str) -> str:
+        # Without a dash, or the source of an id such as `a-b-1` would be open.
+        if not re.fullmatch(r"[a-z0-9_]{1,40}", value):
+            raise ValueError(f"expected lower-case letters, digits and `_`, but got {value!r}")
+        return value
+
+    @field_validator("path")
+    @classmethod
+    def _stays_below(cls, value: str) -> str:
+        if not value.startswith("hf:") and (Path(value).is_absolute() or ".." in Path(value).parts):
+            raise ValueError(f"expected a folder below FROM, but got {value!r}")
+        return value
+
+
 class CompetitionSpec(Section):
     """What a competition is, whatever the experiment; `inputs/<comp>/competition.yaml`."""
 
@@ -50,6 +77,10 @@ class CompetitionSpec(Section):
     image: ImageSpec
     columns: ColumnsSpec = ColumnsSpec()
     files: FilesSpec = FilesSpec()
+    class_map: dict[str, str | None] = Field(
+        default_factory=dict, description="From the hand-out's class names to `classes`; null: left out."
+    )
+    sources: tuple[SourceSpec, ...] = Field((), description="Several hand-outs below FROM, merged into one.")
     split: SplitSpec = SplitSpec()
     near_duplicate: float = Field(
         0.98, gt=0, le=1, description="Normalised correlation from which on two images are the same picture."
@@ -81,6 +112,19 @@ class CompetitionSpec(Section):
     def _columns_differ(self) -> Self:
         if self.columns.id == self.columns.label:
             raise ValueError(f"`columns.id` and `columns.label` must differ, but both are {self.columns.id!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> Self:
+        twice = [name for name, count in Counter(source.name for source in self.sources).items() if count > 1]
+        if twice:
+            raise ValueError(f"expected distinct sources, but {twice[0]!r} is given twice")
+        if self.sources and self.class_map:
+            raise ValueError("`class_map` has no effect with `sources`: each source has its own")
+        for place, class_map in [("class_map", self.class_map), *((s.name, s.class_map) for s in self.sources)]:
+            for name, label in class_map.items():
+                if label is not None and label not in self.classes:
+                    raise ValueError(f"`{place}` maps {name!r} to {label!r}, which is none of `classes`")
         return self
 
     @property
@@ -117,6 +161,13 @@ class Dataset:
     labels: Ints
     folds: Folds
     sha256: str
+
+    @cached_property
+    def source(self) -> Texts:
+        """(N,) str: the name of the source that an image is from; empty where there is but one."""
+        if not self.competition.sources:
+            return np.zeros(len(self.ids), dtype="<U1")
+        return np.array([image.partition("-")[0] for image in self.ids.tolist()], dtype=np.str_)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,6 +335,10 @@ def _listed(images: Path, spec: CompetitionSpec) -> tuple[dict[str, str], list[t
             if image is None:
                 what = f"does not fit the pattern {spec.files.pattern!r} of competition.yaml"
                 faults.append(Fault(shown(Path(entry.path)), what, "remove the file, or mend `files.pattern`"))
+                continue
+            if image in name_of:
+                what = f"is a second file of the id {image!r}, after {name_of[image]}"
+                faults.append(Fault(shown(Path(entry.path)), what, "keep one file an id"))
                 continue
             status = entry.stat()
             name_of[image] = entry.name

@@ -242,7 +242,14 @@ class RunFolder:
         (folder / _CHECKPOINT).unlink(missing_ok=True)
 
     def complete(
-        self, units: Sequence[tuple[int, int]], *, folds: Folds, labels: Labels, metric: Metric, info: Mapping[str, Any]
+        self,
+        units: Sequence[tuple[int, int]],
+        *,
+        folds: Folds,
+        labels: Labels,
+        metric: Metric,
+        info: Mapping[str, Any],
+        sources: NDArray[np.str_] | None = None,
     ) -> dict[str, Any]:
         """Gather the kept units into `oof.csv`, `test.csv` and `history.csv`, and seal the run with `run.json`.
 
@@ -257,6 +264,7 @@ class RunFolder:
             info: What only the caller knows: git, versions, tta, parameters, external, leak_guard, marks, command,
                 tracker, and whatever else is worth keeping. Device, threads and precision are taken from the units
                 unless given here.
+            sources: (n,) where each of `folds.ids` is from, in a set merged from several: each is scored apart too.
 
         Returns:
             The content of `run.json`. `fold_scores` are those of the rows of `oof.csv`, `seed_scores` those of each
@@ -275,7 +283,7 @@ class RunFolder:
         for unit in kept:
             total += unit.test_probs[rows_of(unit.test_ids, test_ids)]
         _write_probs(self.path / _TEST, {"id": test_ids}, (total / len(kept)).astype(np.float32), classes)
-        scores = self._write_oof(kept, folds, labels, metric)
+        scores = self._write_oof(kept, folds, labels, metric, sources)
         scores |= self._score_test_part(folds, labels, metric)
         record = self._record(kept, metric, scores, info)
         atomic_write(self.path / _RECORD, pretty_json(record))
@@ -310,7 +318,9 @@ class RunFolder:
             raise RecordError(faults)
         return kept
 
-    def _write_oof(self, kept: Sequence[Unit], folds: Folds, labels: Labels, metric: Metric) -> dict[str, Any]:
+    def _write_oof(
+        self, kept: Sequence[Unit], folds: Folds, labels: Labels, metric: Metric, sources: NDArray[np.str_] | None
+    ) -> dict[str, Any]:
         """Write `oof.csv` and score it as it reads back; nothing is written where nothing is validated."""
         rows = folds.fold >= 0
         if not rows.any():
@@ -321,6 +331,7 @@ class RunFolder:
                 "fold_standard_errors": {},
                 "seed_scores": {},
                 "seed_std": None,
+                "source_scores": {},
                 "n_scored": 0,
             }
         ids, fold, true, groups = folds.ids[rows], folds.fold[rows], labels[rows], folds.group[rows]
@@ -334,6 +345,7 @@ class RunFolder:
         _, probs = _read_probs(self.path / _OOF, ("id", "fold", "label"), classes)
         seed_scores = {str(seed): metric.score(true, seed_probs) for seed, seed_probs in by_seed.items()}
         parts = {str(k): fold == k for k in np.unique(fold).tolist()}
+        origins = {} if sources is None else {name: sources[rows] == name for name in np.unique(sources[rows]).tolist()}
         return {
             "score": metric.score(true, probs),
             "standard_error": standard_error(metric, true, probs, groups),
@@ -343,6 +355,14 @@ class RunFolder:
             },
             "seed_scores": seed_scores,
             "seed_std": float(np.std(list(seed_scores.values()), ddof=1)) if len(seed_scores) > 1 else None,
+            "source_scores": {
+                name: {
+                    "score": metric.score(true[part], probs[part]),
+                    "standard_error": standard_error(metric, true[part], probs[part], groups[part]),
+                    "n_scored": int(part.sum()),
+                }
+                for name, part in origins.items()
+            },
             "n_scored": len(ids),
         }
 

@@ -141,6 +141,7 @@ def run_experiment(
                 folds=folds,
                 labels=table.labels[rows_of(table.ids, folds.ids)],
                 metric=metric,
+                sources=data.source[rows_of(data.ids, folds.ids)] if data.competition.sources else None,
                 info={
                     "score_without_tta": _without_tta(list(kept.values())),
                     "parameters": next(iter(kept.values())).info["parameters"],

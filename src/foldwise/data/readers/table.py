@@ -1,142 +1,109 @@
-"""Reading what a competition handed out: a table of labels, and images in a zip or a folder.
+"""Reading train.csv with images in a zip or a folder: how most competitions hand out.
 
-Nothing is trusted: every reader collects located faults, and the caller raises them all at once.
+Every oddity is either borne and noted, or a fault with its row.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import re
-import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
-from pydantic import Field, field_validator
-
-from foldwise.errors import DataError, Fault
-from foldwise.spec.model import Section
+from foldwise.data.readers.handout import ColumnsSpec, FilesSpec, HandOut, HandOutError, Table, shown, unknown
+from foldwise.data.readers.images import SUFFIXES
+from foldwise.errors import Fault
 from foldwise.spec.yaml import nearest
-
-# Part of the cache's key: raise it when `decode` gives other pixels for the same bytes.
-DECODER_VERSION = 1
-
-# Formats that Pillow decodes by itself; others (EPS) start programs.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 # No honest image file is larger, and no honest hand-out unpacks to more.
 MEMBER_BYTES = 64 * 2**20
 ARCHIVE_BYTES = 256 * 2**30
 
-# Faults of one kind beyond these are counted, not listed.
-LISTED = 20
 
+@contextmanager
+def open_table(
+    source: Path,
+    columns: ColumnsSpec,
+    files: FilesSpec | None,
+    faults: list[Fault],
+    *,
+    classes: Sequence[str] = (),
+    part: str = "",
+    parts: Sequence[str] = (),
+) -> Iterator[HandOut]:
+    """Open a hand-out of train.csv with images.
 
-class ImageSpec(Section):
-    """What every image is brought to when it is decoded."""
+    Args:
+        source: Its folder.
+        columns: The columns of train.csv.
+        files: The names of the files; None: the usual ones, or the only zip, and the pattern that fits the ids.
+        faults: Takes what is wrong and leaves the rest readable.
+        classes: The labels there are; empty: any.
+        part: Name of the column that says who is trained on, if there is one.
+        parts: The values of that column.
 
-    height: int = Field(ge=1, le=4096, description="px")
-    width: int = Field(ge=1, le=4096, description="px")
-    channels: Literal[1, 3] = Field(description="1: gray, 3: RGB.")
-    fit: Literal["exact", "letterbox", "crop", "squash"] = Field(
-        "exact",
-        description="exact: another size is a fault; letterbox: scaled to fit, black borders; crop: scaled to fill, "
-        "centre kept; squash: scaled to both sides, shape lost.",
-    )
-
-
-class ColumnsSpec(Section):
-    """The columns of train.csv and of the submission."""
-
-    id: str = "id"
-    label: str = "label"
-
-
-class FilesSpec(Section):
-    """What was handed out, by name."""
-
-    train: str = "train.csv"
-    images: str = Field(
-        "dataset.zip", description="A zip; where it is not there, the images lie unpacked beside train.csv."
-    )
-    pattern: str = Field("{id}.jpg", description="From an id to its file's name.")
-
-    @field_validator("pattern")
-    @classmethod
-    def _holds_one_id(cls, value: str) -> str:
-        if not re.fullmatch(r"[^/\\{}]*\{id\}[^/\\{}]*", value):
-            raise ValueError(f"expected a file name with `{{id}}` in it, e.g. '{{id}}.jpg', but got {value!r}")
-        return value
-
-    def file_of(self, image: str) -> str:
-        """The name of an id's file."""
-        return self.pattern.replace("{id}", image)
-
-    def id_of(self, file: str) -> str | None:
-        """The id that a file's name stands for; None where it does not fit the pattern."""
-        before, after = self.pattern.split("{id}")
-        image = file[len(before) : len(file) - len(after)]
-        return image if image and file == self.file_of(image) else None
-
-
-class HandOutError(DataError):
-    """Faults of a hand-out: all in `faults`, alike ones together; the message lists the first 20 of a kind."""
-
-    def __str__(self) -> str:
-        """List the faults by kind (one mend, one kind) with the mend once at the end of each."""
-        kinds: dict[str, list[Fault]] = {}
-        for fault in self.faults:
-            kinds.setdefault(fault.fix or fault.what, []).append(fault)
-        lines = []
-        for alike in kinds.values():
-            lines += [str(replace(fault, fix="")) for fault in alike[:LISTED]]
-            if len(alike) > LISTED:
-                lines.append(f"  ... and {len(alike) - LISTED} more like these")
-            if alike[0].fix:
-                lines.append(f"  fix: {alike[0].fix}")
-        count = len(self.faults)
-        return "\n".join([*lines, f"{count} {'error' if count == 1 else 'errors'}; {self.consequence}."])
-
-
-def shown(path: Path) -> str:
-    """`path` as messages name it: relative to the working directory where it lies below."""
-    return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of labels as it was read; rows with a fault are left out.
-
-    Attributes:
-        header: Column names.
-        rows: Cells, as text.
-        lines: Line of each row in the file, from 1.
-        notes: Harmless oddities that were read right, e.g. CRLF line ends.
+    Raises:
+        HandOutError: If the table or the images as a whole cannot be read.
     """
+    there = files or _files_there(source)
+    table = read_table(source / there.train, columns, faults, classes=classes, part=part, parts=parts)
+    with open_images(source, there.images, faults) as images:
+        if table is None or images is None:
+            raise HandOutError(faults)
+        if files is None:
+            there = there.model_copy(update={"pattern": _pattern(table.column(columns.id), images)})
+        names = _names(images, there, faults)
+        yield HandOut(
+            format="table",
+            source=images.source,
+            table=table,
+            names=names,
+            read=lambda image, faults: images.read(names[image], faults),
+            where=lambda image: images.where(names[image]),
+            columns=columns,
+            files=there,
+            part=part,
+            notes=(*table.notes, *images.notes),
+        )
 
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    lines: tuple[int, ...]
-    notes: tuple[str, ...]
 
-    def column(self, name: str) -> list[str]:
-        """The cells of one column."""
-        place = self.header.index(name)
-        return [row[place] for row in self.rows]
+def _files_there(source: Path) -> FilesSpec:
+    """File names for a hand-out that nobody described: the usual ones, or the only zip."""
+    zips = sorted(path.name for path in source.glob("*.zip"))
+    usual = FilesSpec()
+    return FilesSpec(images=zips[0]) if len(zips) == 1 and usual.images not in zips else usual
 
-    def csv(self) -> str:
-        """The table as normal CSV: UTF-8 without a mark, LF."""
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
-        return text.getvalue()
+
+def _pattern(labelled: list[str], images: ImageFiles) -> str:
+    """The file-name pattern that finds the most labelled ids; `{id}.*` where it alone finds more."""
+    votes = Counter(
+        name.replace(image, "{id}", 1)
+        for image in labelled[:20]
+        for name in images.files
+        if image in name and not set("{}*") & set(name)
+    )
+    candidates = [FilesSpec(pattern=pattern) for pattern, _ in votes.most_common(50)] + [FilesSpec()]
+    wanted = set(labelled)
+    return max(candidates, key=lambda files: len({files.id_of(name) for name in images.files} & wanted)).pattern
+
+
+def _names(images: ImageFiles, files: FilesSpec, faults: list[Fault]) -> dict[str, str]:
+    """File names by id."""
+    names: dict[str, str] = {}
+    for name in sorted(images.files):
+        image = files.id_of(name)
+        if image is None:
+            what = f"does not fit the pattern {files.pattern!r}"
+            faults.append(Fault(images.where(name), what, "remove it, or mend `files.pattern` in competition.yaml"))
+        elif image in names:
+            what = f"is a second file of the id {image!r}, after {names[image]}"
+            faults.append(Fault(images.where(name), what, "keep one file an id"))
+        else:
+            names[image] = name
+    return names
 
 
 def read_table(
@@ -182,7 +149,7 @@ def read_table(
         places = {name: header.index(name) for name in needed}
 
         rows: list[tuple[str, ...]] = []
-        lines: list[int] = []
+        places_of_rows: list[str] = []
         first: dict[str, int] = {}
         for cells in reader:
             line = reader.line_num
@@ -206,18 +173,18 @@ def read_table(
             first.setdefault(image, line)
             if classes and label not in classes:
                 fix = f"labels are: {', '.join(classes)}"
-                faults.append(Fault(f"{where}:{line}", _unknown("label", label, classes), fix))
+                faults.append(Fault(f"{where}:{line}", unknown("label", label, classes), fix))
             if parts and cells[places[part]] not in parts:
                 fix = f"give the value to one part in competition.yaml, under `split`; known are: {', '.join(parts)}"
-                faults.append(Fault(f"{where}:{line}", _unknown(part, cells[places[part]], parts), fix))
+                faults.append(Fault(f"{where}:{line}", unknown(part, cells[places[part]], parts), fix))
             rows.append(tuple(cells))
-            lines.append(line)
+            places_of_rows.append(f"{where}:{line}")
     except csv.Error as error:
         faults.append(Fault(f"{where}:{reader.line_num}", f"not CSV: {error}", "quote cells as RFC 4180 says"))
         return None
     if not rows and not faults:
         faults.append(Fault(where, "there is no row below the header", "give the labelled images, one a row"))
-    return Table(header, tuple(rows), tuple(lines), notes)
+    return Table(header, tuple(rows), tuple(places_of_rows), notes)
 
 
 def _text(path: Path, where: str, faults: list[Fault]) -> tuple[str | None, tuple[str, ...]]:
@@ -239,11 +206,6 @@ def _text(path: Path, where: str, faults: list[Fault]) -> tuple[str | None, tupl
         what = f"expected UTF-8 text, but got the byte 0x{content[error.start]:02x}"
         faults.append(Fault(f"{where}:{line}", what, "save the file as UTF-8"))
         return None, ()
-
-
-def _unknown(what: str, value: str, known: Sequence[str]) -> str:
-    near = nearest(value.strip(), known)
-    return f"unknown {what} {value!r}" + (f" (did you mean {near!r}?)" if near else "")
 
 
 class ImageFiles:
@@ -309,7 +271,7 @@ def open_images(folder: Path, images: str, faults: list[Fault]) -> Iterator[Imag
         yield None
         return
     with archive:
-        found, notes = _one_folder(_members(archive, shown(path), faults), shown(path), faults)
+        found, notes = _one_folder(members(archive, shown(path), faults), shown(path), faults)
         if not found and not faults:
             faults.append(Fault(shown(path), "there is no image in it", "zip the images, flat or in one folder"))
         yield ImageFiles(path, found, notes, archive) if found else None
@@ -324,7 +286,8 @@ def _unpacked(folder: Path) -> list[str]:
     ]
 
 
-def _members(archive: zipfile.ZipFile, where: str, faults: list[Fault]) -> list[str]:
+def members(archive: zipfile.ZipFile, where: str, faults: list[Fault], *, largest: int = MEMBER_BYTES) -> list[str]:
+    """Names of the files in a zip; a fault for each that leads out of it, is encrypted, or unpacks to too much."""
     names = []
     total = 0
     for member in archive.infolist():
@@ -336,8 +299,8 @@ def _members(archive: zipfile.ZipFile, where: str, faults: list[Fault]) -> list[
             faults.append(Fault(f"{where}:{member.filename}", "leads out of the archive's folder", fix))
         elif member.flag_bits & 1:
             faults.append(Fault(f"{where}:{member.filename}", "is encrypted", "unpack it, and give the folder"))
-        elif member.file_size > MEMBER_BYTES:
-            what = f"unpacks to {member.file_size:,} bytes, more than {MEMBER_BYTES:,}"
+        elif member.file_size > largest:
+            what = f"unpacks to {member.file_size:,} bytes, more than {largest:,}"
             faults.append(Fault(f"{where}:{member.filename}", what, "remove it; no image is that large"))
         else:
             names.append(member.filename)
@@ -373,86 +336,3 @@ def _one_folder(paths: Sequence[str], where: str, faults: list[Fault]) -> tuple[
         return {}, []
     notes = [f"{where}: files left aside as no images: {len(aside)}, first {aside[0]}"] if aside else []
     return next(iter(folders.values()), {}), notes
-
-
-def header_of(raw: bytes) -> tuple[int, int, str] | None:
-    """Height and width, px, and Pillow's mode of an image, from its header alone; None where it is no image."""
-    try:
-        with _strict(), Image.open(io.BytesIO(raw), formats=FORMATS) as image:
-            return image.height, image.width, image.mode
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return None
-
-
-def decode(raw: bytes, spec: ImageSpec, where: str) -> npt.NDArray[np.uint8]:
-    """Decode one image.
-
-    Args:
-        raw: The file's bytes.
-        spec: Size, channels and fit.
-        where: How messages name the file.
-
-    Returns:
-        (H, W, C) uint8, 0-255.
-
-    Raises:
-        DataError: If it is no image, is cut short, or is not of the size or the channels expected.
-    """
-    try:
-        with _strict(), Image.open(io.BytesIO(raw), formats=FORMATS) as image:
-            if spec.fit == "exact" and image.size != (spec.width, spec.height):
-                what = (
-                    f"is {image.height}x{image.width} px (height x width), but {spec.height}x{spec.width} is expected"
-                )
-                fix = "replace it, or set `image.fit` in competition.yaml to letterbox, crop or squash"
-                raise DataError([Fault(where, what, fix)])
-            image.load()
-            _check_channels(image, spec.channels, where)
-            # A JPEG without an end marker decodes, with what is missing in gray.
-            if image.format == "JPEG" and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda"):
-                raise OSError("image file is truncated")
-            pixels = np.asarray(_fitted(image.convert("L" if spec.channels == 1 else "RGB"), spec))
-    except UnidentifiedImageError:
-        what = f"is no image: {len(raw):,} bytes starting with {raw[:8]!r}" if raw else "is no image: 0 bytes"
-        raise DataError([Fault(where, what, "replace or remove the file")]) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError([Fault(where, f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels", "scale it down")]) from None
-    except (OSError, ValueError, SyntaxError) as error:
-        what = "is truncated" if "truncated" in str(error).lower() else f"cannot be decoded: {error}"
-        raise DataError([Fault(where, what, "fetch the hand-out again; it is damaged")]) from None
-    return pixels.reshape(spec.height, spec.width, spec.channels)
-
-
-@contextmanager
-def _strict() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
-def _check_channels(image: Image.Image, channels: Literal[1, 3], where: str) -> None:
-    if image.mode == "L" or (channels == 3 and image.mode in ("RGB", "P")):
-        return
-    if channels == 3:
-        raise DataError([Fault(where, f"has the mode {image.mode}, but RGB is expected", "convert it to RGB")])
-    bands = np.asarray(image.convert("RGB"))
-    if image.mode == "RGB" and (bands == bands[..., :1]).all():
-        fix = "convert it to gray, which loses nothing as its three channels are equal"
-    else:
-        fix = "convert it to gray, or set `image.channels` in competition.yaml to 3"
-    raise DataError([Fault(where, f"has the mode {image.mode}, but gray (L) is expected", fix)])
-
-
-def _fitted(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    if image.size == (spec.width, spec.height):
-        return image
-    if spec.fit == "squash":
-        return image.resize((spec.width, spec.height), Image.Resampling.BICUBIC)
-    ratios = spec.width / image.width, spec.height / image.height
-    scale = min(ratios) if spec.fit == "letterbox" else max(ratios)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    scaled = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - spec.width) // 2, (size[1] - spec.height) // 2
-    # A crop box beyond the image is filled with black.
-    return scaled.crop((left, top, left + spec.width, top + spec.height))
