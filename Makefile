@@ -18,8 +18,10 @@ KAGGLE ?=
 RUNS   ?=
 export DEVICE TRACK WANDB_PROJECT
 
+COMMA := ,
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data check exp submit test lint bench clean
+.PHONY: help setup demo data check exp report plot submit test lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +48,12 @@ check: $(READY)  ## say everything that is wrong with experiment files: [EXP=<na
 exp: $(READY)  ## train an experiment, or go on: EXP=<name|all> [SET="a.b=v c=w" NAME=] [FOLDS=0,1] [SMOKE=1] [FRESH=1]
 	@$(if $(EXP),,$(error say which: make exp EXP=baseline_cnn))$(RUN) exp $(EXP) $(if $(SET),--set '$(SET)') $(if $(NAME),--name $(NAME)) \
 	  $(if $(FOLDS),--folds $(FOLDS)) $(if $(SMOKE),--smoke) $(if $(FRESH),--fresh)
+
+report: $(READY)  ## draw the report of a kept run anew, into oof/<exp>/report/: EXP=<name>
+	@$(if $(EXP),,$(error say which: make report EXP=baseline_cnn))$(RUN) report $(EXP)
+
+plot: $(READY)  ## draw kept runs side by side, into oof/comparison.png: RUNS=a,b
+	@$(if $(RUNS),,$(error say which: make plot RUNS=a,b))$(RUN) plot $(subst $(COMMA), ,$(RUNS))
 
 submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=aspicv] [RUNS=a,b]
 	@$(RUN) submit --comp $(COMP) $(if $(RUNS),--runs $(RUNS))

@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
     submit.add_argument("--runs", type=lambda text: text.split(","), help="only these runs, e.g. a,b (default: all)")
 
+    report = command("report", _report, "draw the reports of kept runs anew, into oof/<exp>/report/")
+    report.add_argument("runs", nargs="+", metavar="EXP", help="names of kept runs")
+
+    plot = command("plot", _plot, "draw kept runs side by side: scores, curves, recall of each class")
+    plot.add_argument("runs", nargs="+", metavar="EXP", help="names of kept runs")
+    plot.add_argument("--out", type=Path, help="the PNG (default: oof/comparison.png)")
+
     demo = command("demo", _demo, "draw a demo competition, train two experiments on it, blend and score them")
     demo.add_argument("--fresh", action="store_true", help="begin anew")
 
@@ -220,11 +227,45 @@ def _run(root: Path, spec: ExperimentSpec, options: argparse.Namespace) -> dict[
         return [*listeners, *followers]
 
     call = Options(options.folds, options.smoke, options.fresh, options.device or os.environ.get("DEVICE") or None)
+    complete = root / "oof" / spec.name / "run.json"
+    before = complete.exists() and not options.fresh
     try:
-        return run_experiment(root, spec, call, screen=progress_listener(Console(highlight=False)), follow=follow)
+        record = run_experiment(root, spec, call, screen=progress_listener(Console(highlight=False)), follow=follow)
     finally:
         for follower in followers:
             _say(*(note for note in follower.notes if note not in notes))
+    if record is not None and not before and not options.smoke:
+        _draw_report(root, root / "oof" / spec.name)
+    return record
+
+
+def _draw_report(root: Path, path: Path) -> None:
+    """Draw a run's report; a run is complete without one, so that a fault is told and no more."""
+    from foldwise.show.report import write_report
+
+    try:
+        report = write_report(path, root=root)
+    except FoldwiseError as error:
+        _say(f"no report: {error}")
+        return
+    _say(*(f"  {note}" for note in report.notes), f"  report     {path.relative_to(root)}/report")
+
+
+def _report(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.show.report import write_report
+
+    for name in options.runs:
+        path = root / "oof" / name
+        report = write_report(path, root=root)
+        _say(*report.notes, f"{name}: {len(report.files)} files in {path.relative_to(root)}/report")
+    return 0
+
+
+def _plot(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.show.report import write_comparison
+
+    _say(f"written  {write_comparison(root, options.runs, options.out or root / 'oof' / 'comparison.png')}")
+    return 0
 
 
 def _submit(root: Path, options: argparse.Namespace) -> int:
