@@ -16,12 +16,14 @@ FRESH  ?=
 FROM   ?=
 KAGGLE ?=
 RUNS   ?=
+IDS    ?=
+N      ?=
 export DEVICE TRACK WANDB_PROJECT
 
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data check exp report plot submit test lint bench clean
+.PHONY: help setup demo data check exp report plot explain submit test lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +56,9 @@ report: $(READY)  ## draw the report of a kept run anew, into oof/<exp>/report/:
 
 plot: $(READY)  ## draw kept runs side by side, into oof/comparison.png: RUNS=a,b
 	@$(if $(RUNS),,$(error say which: make plot RUNS=a,b))$(RUN) plot $(subst $(COMMA), ,$(RUNS))
+
+explain: $(READY)  ## draw what a kept run looks at, into oof/<exp>/report/explain.png: EXP=<name> [IDS=1,2,3] [N=16]
+	@$(if $(EXP),,$(error say which: make explain EXP=baseline_cnn))$(RUN) explain $(EXP) $(if $(IDS),--ids '$(IDS)') $(if $(N),--count $(N))
 
 submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=aspicv] [RUNS=a,b]
 	@$(RUN) submit --comp $(COMP) $(if $(RUNS),--runs $(RUNS))

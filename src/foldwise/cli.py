@@ -93,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("runs", nargs="+", metavar="EXP", help="names of kept runs")
     plot.add_argument("--out", type=Path, help="the PNG (default: oof/comparison.png)")
 
+    explain = command("explain", _explain, "draw what a kept run looks at: heat maps over mistakes and right answers")
+    explain.add_argument("experiment", metavar="EXP", help="a kept run with its weights")
+    explain.add_argument("--ids", type=lambda text: text.split(","), help="only these images, e.g. 1,2,3")
+    explain.add_argument("--count", type=int, default=16, help="how many images (default: 16)")
+    explain.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
+
     demo = command("demo", _demo, "draw a demo competition, train two experiments on it, blend and score them")
     demo.add_argument("--fresh", action="store_true", help="begin anew")
 
@@ -265,6 +271,16 @@ def _plot(root: Path, options: argparse.Namespace) -> int:
     from foldwise.show.report import write_comparison
 
     _say(f"written  {write_comparison(root, options.runs, options.out or root / 'oof' / 'comparison.png')}")
+    return 0
+
+
+def _explain(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.learn.device import pick_runtime
+    from foldwise.show.explain import explain
+
+    runtime = pick_runtime(options.device or os.environ.get("DEVICE") or None, "fp32", None)
+    path = explain(root, options.experiment, ids=options.ids, count=options.count, runtime=runtime)
+    _say(f"written  {path.relative_to(root)}")
     return 0
 
 
