@@ -17,13 +17,16 @@ FROM   ?=
 KAGGLE ?=
 RUNS   ?=
 IDS    ?=
+ON     ?=
+MAP    ?=
+PART   ?=
 N      ?=
 export DEVICE TRACK WANDB_PROJECT
 
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data check exp report plot explain submit test lint bench clean
+.PHONY: help setup demo data check exp report plot explain eval submit test lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +62,10 @@ plot: $(READY)  ## draw kept runs side by side, into oof/comparison.png: RUNS=a,
 
 explain: $(READY)  ## draw what a kept run looks at, into oof/<exp>/report/explain.png: EXP=<name> [IDS=1,2,3] [N=16]
 	@$(if $(EXP),,$(error say which: make explain EXP=baseline_cnn))$(RUN) explain $(EXP) $(if $(IDS),--ids '$(IDS)') $(if $(N),--count $(N))
+
+eval: $(READY)  ## score a kept run on another labelled set: EXP=<name> ON=<folder|hf:..|competition> [MAP="a=b c="] [PART=test]
+	@$(if $(and $(EXP),$(ON)),,$(error say which run, and on what: make eval EXP=baseline_cnn ON=<folder>))$(RUN) eval $(EXP) --on "$(ON)" \
+	  $(foreach pair,$(MAP),--map "$(pair)") $(if $(PART),--part "$(PART)") $(if $(NAME),--name $(NAME))
 
 submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=aspicv] [RUNS=a,b]
 	@$(RUN) submit --comp $(COMP) $(if $(RUNS),--runs $(RUNS))

@@ -1,4 +1,4 @@
-"""The command line: `python run.py check | data | exp | submit | demo | schema`. Wiring only.
+"""The command line: `python run.py check | data | exp | report | eval | explain | submit | ...`. Wiring only.
 
 Each command imports what it needs, so that `check` and `submit` answer without loading torch.
 """
@@ -88,6 +88,21 @@ def _parser() -> argparse.ArgumentParser:
 
     report = command("report", _report, "draw the reports of kept runs anew, into oof/<exp>/report/")
     report.add_argument("runs", nargs="+", metavar="EXP", help="names of kept runs")
+
+    evaluate = command("eval", _eval, "score a kept run on another labelled set, into oof/<exp>/eval/")
+    evaluate.add_argument("experiment", metavar="EXP", help="a kept run with its weights")
+    evaluate.add_argument("--on", required=True, help="a folder, hf:<owner/name>, or a competition under inputs/")
+    evaluate.add_argument(
+        "--map",
+        dest="pairs",
+        action="append",
+        default=[],
+        metavar="A=B",
+        help="its class A is our B; `A=` leaves it out",
+    )
+    evaluate.add_argument("--part", help="only this part of the set, e.g. test")
+    evaluate.add_argument("--name", help="name of the evaluation (default: after the set)")
+    evaluate.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
 
     plot = command("plot", _plot, "draw kept runs side by side: scores, curves, recall of each class")
     plot.add_argument("runs", nargs="+", metavar="EXP", help="names of kept runs")
@@ -264,6 +279,26 @@ def _report(root: Path, options: argparse.Namespace) -> int:
         path = root / "oof" / name
         report = write_report(path, root=root)
         _say(*report.notes, f"{name}: {len(report.files)} files in {path.relative_to(root)}/report")
+    return 0
+
+
+def _eval(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.data.labelled import parse_class_map
+    from foldwise.learn.device import pick_runtime
+    from foldwise.runs.evaluate import evaluate
+    from foldwise.show.report import evaluation_lines, write_evaluation
+
+    evaluation = evaluate(
+        root,
+        options.experiment,
+        options.on,
+        runtime=pick_runtime(options.device or os.environ.get("DEVICE") or None, "auto", None),
+        class_map=parse_class_map(options.pairs),
+        part=options.part,
+        called=options.name,
+    )
+    report = write_evaluation(evaluation)
+    _say(*evaluation_lines(evaluation, root), *report.notes)
     return 0
 
 

@@ -231,8 +231,8 @@ class RunFolder:
         (folder / _UNIT).unlink(missing_ok=True)
         classes = self._context.classes
         names = np.array(classes)[unit.val_labels]
-        _write_probs(folder / _VAL, {"id": unit.val_ids, "label": names}, unit.val_probs, classes)
-        _write_probs(folder / _TEST, {"id": unit.test_ids}, unit.test_probs, classes)
+        write_probs(folder / _VAL, {"id": unit.val_ids, "label": names}, unit.val_probs, classes)
+        write_probs(folder / _TEST, {"id": unit.test_ids}, unit.test_probs, classes)
         _write_history(folder / _HISTORY, [{"fold": unit.fold, "seed": unit.seed} | row for row in unit.history])
         files = [name for name in (_VAL, _TEST, _HISTORY, _WEIGHTS) if (folder / name).exists()]
         vouched = self._vouched | {"files": {name: sha256_file(folder / name) for name in files}}
@@ -282,7 +282,7 @@ class RunFolder:
         total = np.zeros(kept[0].test_probs.shape)
         for unit in kept:
             total += unit.test_probs[rows_of(unit.test_ids, test_ids)]
-        _write_probs(self.path / _TEST, {"id": test_ids}, (total / len(kept)).astype(np.float32), classes)
+        write_probs(self.path / _TEST, {"id": test_ids}, (total / len(kept)).astype(np.float32), classes)
         scores = self._write_oof(kept, folds, labels, metric, sources)
         scores |= self._score_test_part(folds, labels, metric)
         record = self._record(kept, metric, scores, info)
@@ -341,8 +341,8 @@ class RunFolder:
             by_seed[unit.seed][rows_of(ids, unit.val_ids)] = unit.val_probs
         mean = sum(by_seed.values(), np.zeros((len(ids), len(classes)))) / len(by_seed)
         leading = {"id": ids, "fold": fold.astype(str), "label": np.array(classes)[true]}
-        _write_probs(self.path / _OOF, leading, mean.astype(np.float32), classes)
-        _, probs = _read_probs(self.path / _OOF, ("id", "fold", "label"), classes)
+        write_probs(self.path / _OOF, leading, mean.astype(np.float32), classes)
+        _, probs = read_probs(self.path / _OOF, ("id", "fold", "label"), classes)
         seed_scores = {str(seed): metric.score(true, seed_probs) for seed, seed_probs in by_seed.items()}
         parts = {str(k): fold == k for k in np.unique(fold).tolist()}
         origins = {} if sources is None else {name: sources[rows] == name for name in np.unique(sources[rows]).tolist()}
@@ -371,7 +371,7 @@ class RunFolder:
         rows = folds.fold == SCORED_ONLY
         if not rows.any():
             return {"test_score": None, "test_standard_error": None}
-        (ids,), probs = _read_probs(self.path / _TEST, ("id",), self._context.classes)
+        (ids,), probs = read_probs(self.path / _TEST, ("id",), self._context.classes)
         part = probs[rows_of(ids, folds.ids[rows])]
         return {
             "test_score": metric.score(labels[rows], part),
@@ -640,8 +640,8 @@ def _read_unit(folder: Path, vouched: Mapping[str, str], classes: tuple[str, ...
     for name, expected in seal["files"].items():
         if sha256_file(folder / name) != expected:
             raise ValueError(f"{name} is not the file that was kept")
-    (val_ids, names), val_probs = _read_probs(folder / _VAL, ("id", "label"), classes)
-    (test_ids,), test_probs = _read_probs(folder / _TEST, ("id",), classes)
+    (val_ids, names), val_probs = read_probs(folder / _VAL, ("id", "label"), classes)
+    (test_ids,), test_probs = read_probs(folder / _TEST, ("id",), classes)
     return Unit(
         fold=fold,
         seed=seed,
@@ -672,11 +672,11 @@ def _read_run(path: Path, info: dict[str, Any]) -> Run:
     if faults:
         raise RecordError(faults)
     try:
-        (test_ids,), test_probs = _read_probs(path / _TEST, ("id",), classes)
+        (test_ids,), test_probs = read_probs(path / _TEST, ("id",), classes)
         _check_probs(_TEST, test_ids, test_probs)
         ids, fold, names, probs = _no_rows(len(classes))
         if info["score"] is not None:
-            (ids, fold, names), probs = _read_probs(path / _OOF, ("id", "fold", "label"), classes)
+            (ids, fold, names), probs = read_probs(path / _OOF, ("id", "fold", "label"), classes)
             _check_probs(_OOF, ids, probs)
         labels = _indices(names, classes, _OOF)
         if info["score"] is not None:
@@ -722,15 +722,15 @@ def _prob_columns(classes: Sequence[str]) -> list[str]:
     return [f"p_{name}" for name in classes]
 
 
-def _write_probs(path: Path, leading: Mapping[str, Ids], probs: Probs32, classes: Sequence[str]) -> None:
+def write_probs(path: Path, leading: Mapping[str, Ids], probs: Probs32, classes: Sequence[str]) -> None:
     """Write columns of text and then probabilities; nine significant digits tell every float32 from its neighbours."""
     columns = [column.tolist() for column in leading.values()]
     rows = ([*texts, *(f"{p:.9g}" for p in row)] for *texts, row in zip(*columns, probs.tolist(), strict=True))
     _write_csv(path, [*leading, *_prob_columns(classes)], rows)
 
 
-def _read_probs(path: Path, leading: tuple[str, ...], classes: Sequence[str]) -> tuple[tuple[Ids, ...], Probs64]:
-    """Read back what `_write_probs` wrote; raises ValueError for another header, a short row or what is no number."""
+def read_probs(path: Path, leading: tuple[str, ...], classes: Sequence[str]) -> tuple[tuple[Ids, ...], Probs64]:
+    """Read back what `write_probs` wrote; raises ValueError for another header, a short row or what is no number."""
     header, rows = _read_csv(path)
     expected = [*leading, *_prob_columns(classes)]
     if header != expected:

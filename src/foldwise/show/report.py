@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,10 @@ from foldwise.show.plots import (
 from foldwise.spec.yaml import read_yaml
 from foldwise.stats import bootstrap, interval
 
+if TYPE_CHECKING:
+    from foldwise.records.store import Ids
+    from foldwise.runs.evaluate import Evaluation
+
 BINS = 15
 _TILES = 24
 _CONFUSIONS = 5
@@ -65,6 +69,26 @@ class Report:
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+
+
+class Scored(Protocol):
+    """Predictions beside their labels: a run's out-of-fold ones, or those on another set."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """C names."""
+
+    @property
+    def ids(self) -> Ids:
+        """(N,)."""
+
+    @property
+    def labels(self) -> Labels:
+        """(N,) class indices."""
+
+    @property
+    def probs(self) -> NDArray[np.float64]:
+        """(N, C)."""
 
 
 @dataclass(frozen=True)
@@ -333,16 +357,10 @@ def write_report(run_path: Path, *, root: Path) -> Report:
         calibration = calibrate(run.labels, run.probs, groups)
         counts = confusion_matrix(run.labels, run.probs)
         scored = f"{len(run.ids):,} images, out of fold" if _is_kfold(run) else f"{len(run.ids):,} held-out images"
-        draw_confusion(
-            place(_CONFUSION),
-            counts,
-            run.classes,
-            title=f"{run.name}: confusion matrix",
-            note=f"{scored}. Colour and percentage: share of the images of the true class (its row).",
-        )
-        _write_calibration_picture(run, calibration, place(_CALIBRATION))
+        _write_confusion_picture(run.name, counts, run.classes, scored, place(_CONFUSION))
+        _write_calibration_picture(run, run.name, calibration, place(_CALIBRATION))
         table = classification_table(run.labels, run.probs, run.classes)
-        atomic_write(place(_TABLE), _csv_text(list(table[0]), ([_cell(value) for value in r.values()] for r in table)))
+        atomic_write(place(_TABLE), _table_csv(table))
         doubtful = None
         try:
             doubtful = label_errors(run.labels, run.probs)
@@ -358,6 +376,74 @@ def write_report(run_path: Path, *, root: Path) -> Report:
         if folder / name not in written:
             (folder / name).unlink(missing_ok=True)
     return Report(tuple(written), tuple(notes))
+
+
+def write_evaluation(evaluation: Evaluation) -> Report:
+    """Draw how a run does on another set, into the folder of the evaluation; what was drawn there before is replaced.
+
+        confusion.png, calibration.png, classification_report.txt, classification_report.csv    as in a run's report
+        mistakes.png                                                                            ignored by git
+
+    Args:
+        evaluation: As `runs.evaluate` gives it; all figures are of the images that count.
+
+    Returns:
+        The files, and notes on those that could not be made.
+    """
+    folder, info, classes = evaluation.path, evaluation.info, evaluation.classes
+    name = f"{info['experiment']} on {info['name']}"
+    notes: list[str] = []
+    written: list[Path] = []
+
+    def place(file: str) -> Path:
+        written.append(folder / file)
+        return folder / file
+
+    counts = confusion_matrix(evaluation.labels, evaluation.probs)
+    calibration = calibrate(evaluation.labels, evaluation.probs, evaluation.groups)
+    scored = f"{len(evaluation.ids):,} images"
+    if twins := info["twins"]["n"]:
+        scored += f", {twins:,} twins of trained-on ones left out"
+    _write_confusion_picture(name, counts, classes, scored, place(_CONFUSION))
+    _write_calibration_picture(evaluation, name, calibration, place(_CALIBRATION))
+    table = classification_table(evaluation.labels, evaluation.probs, classes)
+    atomic_write(place(_TABLE), _table_csv(table))
+    lines = [f"{name}: {scored}", ""]
+    lines += _score_lines(evaluation, info["metric"], info["standard_error"], calibration, evaluation.groups)
+    if info["twins"]["naive_score"] is not None:
+        lines.append(_after("with the twins", f"{info['twins']['naive_score']:.4f} (not to be trusted)"))
+    lines += _table_part(table, counts, classes)
+    atomic_write(place(_TEXT), "\n".join([*lines, "", *(f"Note: {note}." for note in info["notes"])]).rstrip() + "\n")
+    _write_mistakes(evaluation, name, evaluation.images, place, notes)
+    if folder / _MISTAKES not in written:
+        (folder / _MISTAKES).unlink(missing_ok=True)
+    return Report(tuple(written), tuple(notes))
+
+
+def evaluation_lines(evaluation: Evaluation, root: Path) -> list[str]:
+    """What the terminal says of an evaluation."""
+    info, twins = evaluation.info, evaluation.info["twins"]
+    low, high = info["interval"]
+    title = column_title(info["metric"]).lower()
+    lines = [f"{info['experiment']} on {info['on']}" + (f", part {info['part']}" if info["part"] else "")]
+    value = f"{info['score']:.4f} +- {info['standard_error']:.4f}, {info['level']:.0%} interval {low:.4f} to {high:.4f}"
+    lines.append(f"score        {title} {value}, on {info['n_scored']:,} images")
+    if info["out_of_fold"] is not None:
+        lines.append(f"out of fold  {info['out_of_fold']:.4f} on {info['competition']}")
+    if twins["n"]:
+        told = f"{twins['n']:,} of {info['n_images']:,} images are left out"
+        lines.append(f"twins        {told}: the run may have been trained on them")
+        lines.append(f"naive        {twins['naive_score']:.4f} (with the twins: not to be trusted)")
+    elif twins["checked"]:
+        told = f"the closest correlates {twins['closest']:.2f}, below {twins['threshold']:g}"
+        lines.append(f"twins        none found among the images that the run may have been trained on ({told})")
+    counts = confusion_matrix(evaluation.labels, evaluation.probs)
+    if found := _confusions(counts, 3):
+        told = ", ".join(f"{evaluation.classes[t]} -> {evaluation.classes[s]} {counts[t, s]:,}" for t, s in found)
+        lines.append(f"confused     {told}")
+    lines += [f"note         {note}" for note in info["notes"]]
+    lines.append(f"written      {evaluation.path.relative_to(root)}")
+    return lines
 
 
 def write_comparison(root: Path, names: Sequence[str], path: Path) -> Path:
@@ -534,55 +620,72 @@ def _write_history_picture(run: Run, path: Path) -> None:
     draw_history(path, units, kept, metric=metric.name, title=f"{run.name}: learning curves", note=note)
 
 
-def _write_calibration_picture(run: Run, calibration: Calibration, path: Path) -> None:
+def _write_confusion_picture(
+    name: str, counts: NDArray[np.int64], classes: Sequence[str], scored: str, path: Path
+) -> None:
+    note = f"{scored}. Colour and percentage: share of the images of the true class (its row)."
+    draw_confusion(path, counts, classes, title=f"{name}: confusion matrix", note=note)
+
+
+def _write_calibration_picture(scored: Scored, name: str, calibration: Calibration, path: Path) -> None:
     lines = [
         f"calibration error {calibration.ece.shown(3)}",
         f"with adaptive bins {calibration.adaptive.shown(3)}",
         f"mean confidence {calibration.confidence:.3f}, accuracy {calibration.accuracy:.3f}",
     ]
     note = (
-        f"{len(run.ids):,} images; {BINS} bins of equal width. Points: 95% Wilson intervals. Brackets: 95% basic "
+        f"{len(scored.ids):,} images; {BINS} bins of equal width. Points: 95% Wilson intervals. Brackets: 95% basic "
         "bootstrap over groups of near-duplicates."
     )
-    bins = reliability(run.labels, run.probs)
-    draw_calibration(path, bins, lines=lines, title=f"{run.name}: calibration", note=note)
+    bins = reliability(scored.labels, scored.probs)
+    draw_calibration(path, bins, lines=lines, title=f"{name}: calibration", note=note)
 
 
 def _write_galleries(
     run: Run, data: Dataset, doubtful: NDArray[np.intp] | None, place: Callable[[str], Path], notes: list[str]
 ) -> None:
-    predicted, confidence = run.probs.argmax(axis=1), run.probs.max(axis=1)
-    row_of = rows_of(data.ids, run.ids)
-
-    def tiles(rows: NDArray[np.intp], figures: Floats, digits: int) -> list[Tile]:
-        return [
-            Tile(
-                np.asarray(data.images[row_of[row]]),
-                str(run.ids[row]),
-                f"{figures[row]:.{digits}f}",
-                run.classes[run.labels[row]],
-                run.classes[predicted[row]],
-            )
-            for row in rows[:_TILES].tolist()
-        ]
-
-    wrong = np.flatnonzero(predicted != run.labels)
-    wrong = wrong[np.lexsort((wrong, -confidence[wrong]))]
-    if len(wrong):
-        note = f"Of {len(wrong):,} mistakes. Id (confidence), true → predicted class."
-        title = f"{run.name}: the most confident mistakes"
-        draw_gallery(place(_MISTAKES), tiles(wrong, confidence, 2), title=title, note=note)
-    else:
-        notes.append(f"{_MISTAKES} is left out: there is no mistake")
+    images = data.images[rows_of(data.ids, run.ids)]
+    _write_mistakes(run, run.name, images, place, notes)
     if doubtful is not None and len(doubtful):
         own = run.probs[np.arange(len(run.ids)), run.labels]
         note = (
             f"Of {len(doubtful):,} that cleanlab flags. Id (probability of the given label), given → suggested class."
         )
         title = f"{run.name}: the likeliest label errors"
-        draw_gallery(place(_LABEL_TILES), tiles(doubtful, own, 3), title=title, note=note)
+        draw_gallery(place(_LABEL_TILES), _tiles(run, images, doubtful, own, 3), title=title, note=note)
     elif doubtful is not None:
         notes.append(f"{_LABEL_TILES} is left out: no label is doubtful")
+
+
+def _write_mistakes(
+    scored: Scored, name: str, images: NDArray[np.uint8], place: Callable[[str], Path], notes: list[str]
+) -> None:
+    """Draw the most confident mistakes; `images` (N, H, W, C) are in the order of the predictions."""
+    predicted, confidence = scored.probs.argmax(axis=1), scored.probs.max(axis=1)
+    wrong = np.flatnonzero(predicted != scored.labels)
+    wrong = wrong[np.lexsort((wrong, -confidence[wrong]))]
+    if len(wrong):
+        note = f"Of {len(wrong):,} mistakes. Id (confidence), true → predicted class."
+        title = f"{name}: the most confident mistakes"
+        draw_gallery(place(_MISTAKES), _tiles(scored, images, wrong, confidence, 2), title=title, note=note)
+    else:
+        notes.append(f"{_MISTAKES} is left out: there is no mistake")
+
+
+def _tiles(
+    scored: Scored, images: NDArray[np.uint8], rows: NDArray[np.intp], figures: Floats, digits: int
+) -> list[Tile]:
+    predicted = scored.probs.argmax(axis=1)
+    return [
+        Tile(
+            np.asarray(images[row]),
+            str(scored.ids[row]),
+            f"{figures[row]:.{digits}f}",
+            scored.classes[scored.labels[row]],
+            scored.classes[predicted[row]],
+        )
+        for row in rows[:_TILES].tolist()
+    ]
 
 
 def _label_errors_csv(run: Run, doubtful: NDArray[np.intp]) -> str:
@@ -613,17 +716,9 @@ def _text(
 ) -> str:
     """The text report: what was scored, the scores, the table of classes, and what else there is to say."""
     info = run.info
-    name = info["metric"]
     folds = list(info["fold_scores"].values())
     lines = [f"{run.name} on {info['competition']}: {scored}", ""]
-    for metric in (METRICS[key] for key in dict.fromkeys([name, "accuracy", "macro_f1", "log_loss"])):
-        drawn = bootstrap(metric, run.labels, [run.probs], groups, draws=_DRAWS)[:, 0]
-        low, high = interval(drawn, 0.95)
-        error = info["standard_error"] if metric.name == name else float(drawn.std(ddof=1))
-        value = f"{metric.score(run.labels, run.probs):.4f} +- {error:.4f}   95% {low:.4f} to {high:.4f}"
-        lines.append(_after(column_title(metric.name), value))
-    lines.append(_after("calibration error", calibration.ece.shown(4)))
-    lines.append(_after("  adaptive bins", calibration.adaptive.shown(4)))
+    lines += _score_lines(run, info["metric"], info["standard_error"], calibration, groups)
     if len(folds) > 1:
         spread = float(np.std(folds, ddof=1))
         lines.append(_after("folds", f"{', '.join(f'{s:.4f}' for s in folds)} (standard deviation {spread:.4f})"))
@@ -639,14 +734,7 @@ def _text(
         lines.append(_after(f"source {source}", told))
     if info["marks"]:
         lines.append(_after("marks", ", ".join(info["marks"])))
-    lines += ["", *_table_lines(table), ""]
-    lines.append("[ ] 95% Wilson intervals, images taken as independent; +- standard error and 95% by bootstrap over")
-    lines.append("groups of near-duplicates. All of it is conditional on the models as they were trained.")
-    if absent := [row["class"] for row in table[:-2] if not row["support"]]:
-        lines.append(f"No image is of: {', '.join(absent)}.")
-    if never := [row["class"] for row, column in zip(table[:-2], counts.sum(axis=0), strict=True) if not column]:
-        lines.append(f"Never predicted: {', '.join(never)}.")
-    lines += _confusion_lines(counts, run.classes)
+    lines += _table_part(table, counts, run.classes)
     if doubtful is not None:
         share = len(doubtful) / len(run.ids)
         lines += [
@@ -655,6 +743,33 @@ def _text(
             f"errors of the model (accuracy {calibration.accuracy:.2f}): read {_LABELS} from its top.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _score_lines(
+    scored: Scored, name: str, standard_error: float, calibration: Calibration, groups: NDArray[Any]
+) -> list[str]:
+    """The metric `name`, whose error is known, the other usual ones, and calibration."""
+    lines = []
+    for metric in (METRICS[key] for key in dict.fromkeys([name, "accuracy", "macro_f1", "log_loss"])):
+        drawn = bootstrap(metric, scored.labels, [scored.probs], groups, draws=_DRAWS)[:, 0]
+        low, high = interval(drawn, 0.95)
+        error = standard_error if metric.name == name else float(drawn.std(ddof=1))
+        value = f"{metric.score(scored.labels, scored.probs):.4f} +- {error:.4f}   95% {low:.4f} to {high:.4f}"
+        lines.append(_after(column_title(metric.name), value))
+    lines.append(_after("calibration error", calibration.ece.shown(4)))
+    lines.append(_after("  adaptive bins", calibration.adaptive.shown(4)))
+    return lines
+
+
+def _table_part(table: Sequence[Mapping[str, Any]], counts: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
+    lines = ["", *_table_lines(table), ""]
+    lines.append("[ ] 95% Wilson intervals, images taken as independent; +- standard error and 95% by bootstrap over")
+    lines.append("groups of near-duplicates. All of it is conditional on the models as they were trained.")
+    if absent := [row["class"] for row in table[:-2] if not row["support"]]:
+        lines.append(f"No image is of: {', '.join(absent)}.")
+    if never := [row["class"] for row, column in zip(table[:-2], counts.sum(axis=0), strict=True) if not column]:
+        lines.append(f"Never predicted: {', '.join(never)}.")
+    return lines + _confusion_lines(counts, classes)
 
 
 def _after(what: str, value: str) -> str:
@@ -675,11 +790,13 @@ def _table_lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _table_csv(table: Sequence[Mapping[str, Any]]) -> str:
+    return _csv_text(list(table[0]), ([_cell(value) for value in row.values()] for row in table))
+
+
 def _confusion_lines(counts: NDArray[np.int64], classes: Sequence[str]) -> list[str]:
     """The most frequent confusions, as counts and shares of the true class."""
-    off = counts - np.diag(counts.diagonal())
-    cells = [divmod(cell, len(classes)) for cell in np.argsort(-off, axis=None, kind="stable")[:_CONFUSIONS].tolist()]
-    found = [(true, seen) for true, seen in cells if off[true, seen]]
+    found = _confusions(counts, _CONFUSIONS)
     if not found:
         return []
     support = counts.sum(axis=1)
@@ -688,11 +805,18 @@ def _confusion_lines(counts: NDArray[np.int64], classes: Sequence[str]) -> list[
         "",
         "Most frequent confusions (true -> predicted):",
         *(
-            f"  {f'{classes[true]} -> {classes[seen]}':<{width}}  {off[true, seen]:>6,}  "
-            f"{off[true, seen] / support[true]:.0%} of {classes[true]}"
+            f"  {f'{classes[true]} -> {classes[seen]}':<{width}}  {counts[true, seen]:>6,}  "
+            f"{counts[true, seen] / support[true]:.0%} of {classes[true]}"
             for true, seen in found
         ),
     ]
+
+
+def _confusions(counts: NDArray[np.int64], most: int) -> list[tuple[int, int]]:
+    """The most frequent confusions, (true, predicted)."""
+    off = counts - np.diag(counts.diagonal())
+    cells = [divmod(cell, len(counts)) for cell in np.argsort(-off, axis=None, kind="stable")[:most].tolist()]
+    return [(true, seen) for true, seen in cells if off[true, seen]]
 
 
 def _cell(value: Any) -> str:
