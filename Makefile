@@ -20,13 +20,16 @@ IDS    ?=
 ON     ?=
 MAP    ?=
 PART   ?=
+REPO   ?=
+PRIVATE ?=
+LICENSE ?=
 N      ?=
 export DEVICE TRACK WANDB_PROJECT
 
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data check exp report plot explain eval submit test lint bench clean
+.PHONY: help setup demo data check exp report plot explain eval publish submit test lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +69,10 @@ explain: $(READY)  ## draw what a kept run looks at, into oof/<exp>/report/expla
 eval: $(READY)  ## score a kept run on another labelled set: EXP=<name> ON=<folder|hf:..|competition> [MAP="a=b c="] [PART=test]
 	@$(if $(and $(EXP),$(ON)),,$(error say which run, and on what: make eval EXP=baseline_cnn ON=<folder>))$(RUN) eval $(EXP) --on "$(ON)" \
 	  $(foreach pair,$(MAP),--map "$(pair)") $(if $(PART),--part "$(PART)") $(if $(NAME),--name $(NAME))
+
+publish: $(READY)  ## push a kept run to the Hugging Face Hub: EXP=<name> REPO=<owner/name> [PRIVATE=1] [LICENSE=mit]
+	@$(if $(and $(EXP),$(REPO)),,$(error say what and where: make publish EXP=baseline_cnn REPO=<owner>/<name>))$(RUN) publish $(EXP) --repo $(REPO) \
+	  $(if $(PRIVATE),--private) $(if $(LICENSE),--license $(LICENSE))
 
 submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=aspicv] [RUNS=a,b]
 	@$(RUN) submit --comp $(COMP) $(if $(RUNS),--runs $(RUNS))

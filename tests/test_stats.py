@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from foldwise.metrics import METRICS
-from foldwise.stats import bootstrap_interval, paired_difference, standard_error
+from foldwise.stats import bootstrap_interval, paired_difference, standard_error, wilson
 
 ACCURACY = METRICS["accuracy"]
 
@@ -112,3 +113,13 @@ def test_a_gain_in_a_loss_is_a_lower_loss():
 def test_nothing_can_be_drawn_from_no_images():
     with pytest.raises(ValueError, match="cannot draw from no images"):
         standard_error(ACCURACY, np.zeros(0, dtype=np.int64), np.zeros((0, 2)), np.zeros(0))
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 5), (5, 5), (3, 7), (500, 1000)])
+def test_wilson_is_scipys(hits, trials):
+    ends = binomtest(hits, trials).proportion_ci(method="wilson")
+    assert wilson(np.array([hits]), np.array([trials]))[0] == pytest.approx([ends.low, ends.high], abs=1e-9)
+
+
+def test_wilson_knows_nothing_from_no_trial():
+    assert wilson(np.array([0]), np.array([0])).tolist() == [[0.0, 1.0]]

@@ -114,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--count", type=int, default=16, help="how many images (default: 16)")
     explain.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
 
+    publish = command("publish", _publish, "push a kept run with a model card to the Hugging Face Hub")
+    publish.add_argument("experiment", metavar="EXP", help="a kept run with its weights")
+    publish.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the repository; made where need be")
+    publish.add_argument("--private", action="store_true", help="make it a private one")
+    publish.add_argument("--license", default="other", help="the hub's identifier, e.g. mit (default: other)")
+    publish.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write the files there instead")
+
     demo = command("demo", _demo, "draw a demo competition, train two experiments on it, blend and score them")
     demo.add_argument("--fresh", action="store_true", help="begin anew")
 
@@ -316,6 +323,21 @@ def _explain(root: Path, options: argparse.Namespace) -> int:
     runtime = pick_runtime(options.device or os.environ.get("DEVICE") or None, "fp32", None)
     path = explain(root, options.experiment, ids=options.ids, count=options.count, runtime=runtime)
     _say(f"written  {path.relative_to(root)}")
+    return 0
+
+
+def _publish(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.runs.publish import publish, render
+
+    published = publish(
+        root,
+        options.experiment,
+        options.repo,
+        private=options.private,
+        license_id=options.license,
+        dry_run=options.dry_run,
+    )
+    _say(*render(published))
     return 0
 
 

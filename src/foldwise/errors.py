@@ -84,7 +84,7 @@ class RecordError(FaultsError):
 
 
 class HubError(FoldwiseError):
-    """What a hub holds, weights or a data set, is neither in the local cache nor reachable."""
+    """A hub cannot be reached, or refuses what was asked of it."""
 
     exit_code = 3
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from foldwise.metrics import Floats, Labels, Metric
 
+Z95 = 1.959963984540054  # the normal quantile of a 95% interval
+
 # Cells of the matrix of drawn counts that is held at once: 32 MB.
 _BLOCK_CELLS = 4_000_000
 
@@ -167,3 +169,23 @@ def paired_difference(
     gain = metric.sign * (metric.score(labels, first) - metric.score(labels, second))
     low, high = interval(gains, level)
     return Difference(gain, float(gains.std(ddof=1)), low, high, level)
+
+
+def wilson(hits: NDArray[Any], trials: NDArray[Any]) -> NDArray[np.float64]:
+    """95% intervals of proportions (Wilson 1927, JASA 22:209), images taken as independent.
+
+    Args:
+        hits: (n,) successes.
+        trials: (n,) trials; none at all gives 0 to 1.
+
+    Returns:
+        (n, 2) lower and upper ends.
+    """
+    n = np.maximum(trials, 1).astype(np.float64)
+    share = hits / n
+    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * np.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    ends = np.clip(np.stack([middle - half, middle + half], axis=-1), 0, 1)
+    # An end that is exactly 0 or 1 comes out a rounding error inside, beyond the share itself.
+    ends = np.stack([np.minimum(ends[..., 0], share), np.maximum(ends[..., 1], share)], axis=-1)
+    return np.where((trials > 0)[..., None], ends, np.array([0.0, 1.0]))

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 
 from foldwise.data.competition import load_dataset
@@ -32,7 +31,6 @@ from foldwise.show.report import (
     kept_epoch,
     label_errors,
     reliability,
-    wilson,
     write_comparison,
     write_report,
 )
@@ -131,16 +129,6 @@ def test_the_table_is_scikit_learns(rng, rows, classes, absent):
                 [expected["precision"], expected["recall"], expected["f1-score"]]
             )
             assert row["support"] == expected["support"]
-
-
-@pytest.mark.parametrize(("hits", "trials"), [(0, 5), (5, 5), (3, 7), (500, 1000)])
-def test_wilson_is_scipys(hits, trials):
-    ends = binomtest(hits, trials).proportion_ci(method="wilson")
-    assert wilson(np.array([hits]), np.array([trials]))[0] == pytest.approx([ends.low, ends.high], abs=1e-9)
-
-
-def test_wilson_knows_nothing_from_no_trial():
-    assert wilson(np.array([0]), np.array([0])).tolist() == [[0.0, 1.0]]
 
 
 @settings(deadline=None, max_examples=30)

@@ -126,7 +126,8 @@ def read_labelled(
         images=images,
         labels=np.array([competition.classes.index(label) for label in names], dtype=np.int64),
         sha256=sha256_json([ids, names, pixels.hexdigest()]),
-        notes=(*hand_out.notes, *notes, *brought),
+        # What was odd about an ingested set was told when it was taken in.
+        notes=(*(hand_out.notes if ingested_name(on, root) is None else ()), *notes, *brought),
     )
 
 

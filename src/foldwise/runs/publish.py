@@ -5,7 +5,6 @@ Ids, labels and predictions of single images stay here, and so do pictures of th
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from huggingface_hub import (
@@ -37,6 +37,7 @@ from foldwise.metrics import confusion_matrix, per_class_table
 from foldwise.records.store import Run, load_run, shown
 from foldwise.runs.kept import KeptModel, kept_models, verify_weights, weight_files
 from foldwise.spec.yaml import read_yaml
+from foldwise.stats import Z95, wilson
 
 # Of the report only what shows no image of the competition and names none.
 _REPORT = ("history.png", "confusion.png", "calibration.png", "classification_report.txt")
@@ -46,8 +47,6 @@ _OF_A_NEW_REPOSITORY = {".gitattributes", "README.md"}
 
 # The hub's names of metrics, where they differ.
 _HUB_METRICS = {"macro_f1": "f1"}
-# Two-sided 95% quantile of the normal distribution.
-_Z = 1.959963984540054
 _EXPRESSIONS = {
     "afraid", "anger", "angry", "contempt", "disgust", "disgusted", "fear", "fearful", "happiness", "happy", "neutral",
     "sad", "sadness", "surprise", "surprised",
@@ -308,17 +307,8 @@ def _metrics(run: Run) -> dict[str, Any]:
 
 def _interval(info: Mapping[str, Any]) -> tuple[float, float]:
     """95% interval of the score by its standard error, normal approximation."""
-    reach = _Z * info["standard_error"]
+    reach = Z95 * info["standard_error"]
     return info["score"] - reach, info["score"] + reach
-
-
-def _wilson(share: float, trials: int) -> tuple[float, float]:
-    """95% interval of a proportion (Wilson 1927, JASA 22:209); of no trials 0 to 1."""
-    if not trials:
-        return 0.0, 1.0
-    middle = (share + _Z**2 / (2 * trials)) / (1 + _Z**2 / trials)
-    half = _Z / (1 + _Z**2 / trials) * math.sqrt(share * (1 - share) / trials + _Z**2 / (4 * trials**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _card(
@@ -440,7 +430,7 @@ def _score(run: Run, measured: str) -> list[str]:
         lines.append("\n".join(more))
     rows = ["| class | recall | 95% interval | precision | F1 | images |", "|---|---|---|---|---|---|"]
     for row in per_class_table(run.labels, run.probs, run.classes):
-        low, high = _wilson(row["recall"], row["support"])
+        low, high = wilson(np.array(row["recall"] * row["support"]), np.array(row["support"]))
         figures = f"{row['recall']:.3f} | {low:.3f} to {high:.3f} | {row['precision']:.3f} | {row['f1']:.3f}"
         rows.append(f"| {row['class']} | {figures} | {row['support']:,} |")
     lines.append("\n".join(rows))

@@ -38,7 +38,7 @@ from foldwise.show.plots import (
     mean_curve,
 )
 from foldwise.spec.yaml import read_yaml
-from foldwise.stats import bootstrap, interval
+from foldwise.stats import bootstrap, interval, wilson
 
 if TYPE_CHECKING:
     from foldwise.records.store import Ids
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 BINS = 15
 _TILES = 24
 _CONFUSIONS = 5
-# Two-sided 95% quantile of the normal distribution.
-_Z = 1.959963984540054
 _DRAWS = 1000
 
 # Pictures of the competition's own images are not for publishing; git ignores them.
@@ -224,26 +222,6 @@ def reliability(labels: Labels, probs: Floats) -> Bins:
     hits = np.bincount(place, weights=right, minlength=BINS)[full]
     mean = np.bincount(place, weights=confidence, minlength=BINS)[full] / count[full]
     return Bins(edges[:-1][full], edges[1:][full], count[full], mean, hits / count[full], wilson(hits, count[full]))
-
-
-def wilson(hits: NDArray[Any], trials: NDArray[Any]) -> NDArray[np.float64]:
-    """95% intervals of proportions (Wilson 1927, JASA 22:209), images taken as independent.
-
-    Args:
-        hits: (n,) successes.
-        trials: (n,) trials; none at all gives 0 to 1.
-
-    Returns:
-        (n, 2) lower and upper ends.
-    """
-    n = np.maximum(trials, 1).astype(np.float64)
-    share = hits / n
-    middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    ends = np.clip(np.stack([middle - half, middle + half], axis=-1), 0, 1)
-    # An end that is exactly 0 or 1 comes out a rounding error inside, beyond the share itself.
-    ends = np.stack([np.minimum(ends[..., 0], share), np.maximum(ends[..., 1], share)], axis=-1)
-    return np.where((trials > 0)[..., None], ends, np.array([0.0, 1.0]))
 
 
 def classification_table(labels: Labels, probs: Floats, classes: Sequence[str]) -> list[dict[str, Any]]:
