@@ -25,6 +25,9 @@ from foldwise.data.ingest import IngestReport, ingest, render
 from foldwise.data.readers import ColumnsSpec, ImageSpec, decode, open_hand_out
 from foldwise.data.readers.folders import class_folders
 from foldwise.errors import DataError, Fault, FoldwiseError
+from foldwise.runs.events import Event
+from foldwise.runs.experiment import Options, run_experiment
+from foldwise.spec.model import ExperimentSpec, ModelSpec, OptimSpec, TrainSpec
 
 REPO = Path(__file__).resolve().parents[2]
 FER = REPO / ".." / "shared" / "data" / "fer2013"
@@ -230,6 +233,38 @@ def test_every_format_gives_the_same_competition(
 
 
 # What is inferred -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+def test_every_format_gives_the_same_out_of_fold_file(faces: Faces, here: Path) -> None:
+    spec = ExperimentSpec(
+        name="tiny",
+        competition="toy",
+        model=ModelSpec(arch="cnn_3block"),
+        augment=({"HorizontalFlip": {"p": 0.5}},),
+        optim=OptimSpec(lr=1e-3),
+        train=TrainSpec(epochs=1, batch_size=32, precision="fp32", threads=1),
+    )
+    made = {}
+    for write in (*FORMATS, *LIBRARY):
+        root = here / write.__name__
+        (root / "inputs" / "toy").mkdir(parents=True)
+        (root / "inputs" / "toy" / "competition.yaml").write_text(YAML.replace("folds: 5", "folds: 2"))
+        write(faces, root / "hand")
+        ingest(root / "hand", root, "toy")
+        run_experiment(root, spec, Options(), screen=Silence())
+        made[write.__name__] = (root / "oof" / "tiny" / "oof.csv").read_bytes()
+    assert len(set(made.values())) == 1, {name: hash(content) for name, content in made.items()}
+    assert next(iter(made.values())).count(b"\n") == 201
+
+
+class Silence:
+    """A listener that says nothing."""
+
+    def on(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def test_fer_has_its_own_class_order_and_its_usage_is_the_split(few: Faces, here: Path) -> None:
