@@ -47,8 +47,8 @@ def message(error):
 @given(probs=arrays(np.float32, (4, 3), elements=st.floats(0, 1, width=32)))
 def test_every_float32_is_kept_to_the_last_bit(tmp_path_factory, probs):
     path = tmp_path_factory.mktemp("probs") / "test.csv"
-    store._write_probs(path, {"id": np.array(["1", "2", "3", "4"])}, probs, ["a", "b", "c"])
-    (ids,), back = store._read_probs(path, ("id",), ["a", "b", "c"])
+    store.write_probs(path, {"id": np.array(["1", "2", "3", "4"])}, probs, ["a", "b", "c"])
+    (ids,), back = store.read_probs(path, ("id",), ["a", "b", "c"])
     assert back.astype(np.float32).tobytes() == probs.tobytes()
     assert ids.tolist() == ["1", "2", "3", "4"]
     assert pd.read_csv(path).filter(like="p_").to_numpy(np.float32).tobytes() == probs.tobytes()
