@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from foldwise.cli import main
+from foldwise.data.demo import draw_demo
 from foldwise.files import sha256_file
 from foldwise.records.store import load_run
 
@@ -544,6 +545,50 @@ def test_runs_that_cannot_be_blended_are_told(submittable: Path, capsys: pytest.
     )
 
 
+# What is made of kept runs --------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_has_its_report_and_a_kept_one_is_not_drawn_again(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(root, "exp", "tiny") == 0
+    assert capsys.readouterr().out.endswith("  report     oof/tiny/report\n")
+    report = root / "oof" / "tiny" / "report"
+    assert {"history.png", "confusion.png", "classification_report.txt"} <= {path.name for path in report.iterdir()}
+    (report / "history.png").unlink()
+    assert call(root, "exp", "tiny") == 0
+    assert not (report / "history.png").exists()
+    assert call(root, "report", "tiny") == 0
+    assert (report / "history.png").exists()
+
+
+@pytest.mark.slow
+def test_runs_are_drawn_explained_evaluated_and_published(
+    submittable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(submittable, "plot", "tiny", "wide") == 0
+    assert (submittable / "oof" / "comparison.png").exists()
+    assert call(submittable, "explain", "tiny", "--count", "2") == 0
+    assert (submittable / "oof" / "tiny" / "report" / "explain.png").exists()
+    draw_demo(submittable / "other", train=60, test=1, seed=9)
+    capsys.readouterr()
+    assert call(submittable, "eval", "tiny", "--on", "other", "--map", "disgust=angry", "--name", "more") == 0
+    scored = json.loads((submittable / "oof" / "tiny" / "eval" / "more" / "eval.json").read_text())
+    table = read_csv(submittable / "oof" / "tiny" / "eval" / "more" / "predictions.csv")
+    assert f"accuracy {scored['score']:.4f} +- {scored['standard_error']:.4f}" in capsys.readouterr().out
+    assert "disgust" not in set(table["label"])
+    card = submittable / "card"
+    assert call(submittable, "publish", "tiny", "--repo", "me/tiny", "--license", "mit", "--dry-run", str(card)) == 0
+    assert "license: mit" in (card / "README.md").read_text()
+
+
+def test_an_origin_of_data_is_asked_for(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        call(root, "data", "--comp", "faces")
+    assert ended.value.code == 2
+    assert "one of the arguments --from --kaggle is required" in capsys.readouterr().err
+
+
 # The home competition's own data --------------------------------------------------------------------------------------
 
 
@@ -602,7 +647,8 @@ def test_a_run_of_record_is_what_its_files_say(path: Path) -> None:
     assert hits.mean() == run.info["score"]
     assert hits.groupby(oof["fold"]).mean().to_dict() == {int(k): v for k, v in run.info["fold_scores"].items()}
     folds = pd.read_csv(REPO / "inputs" / run.info["competition"] / "folds.csv", dtype={"id": str})
-    folds = folds[folds["split"] == 0].set_index("id")["fold"]
+    folds = (folds[folds["split"] == 0] if "split" in folds else folds).set_index("id")["fold"]
+    folds = folds[folds >= 0]
     assert oof.set_index("id")["fold"].to_dict() == folds.to_dict()
     assert not run.info["smoke"]
 
