@@ -5,7 +5,6 @@ The networks are made by hand, so that it is known what they look at; kept runs 
 
 from __future__ import annotations
 
-import shutil
 import sys
 
 import numpy as np
@@ -15,7 +14,6 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 from torch import nn
@@ -98,32 +96,6 @@ def keep_run(root, name, spec, *, kind="kfold", folds=5, seeds=(42,)):
         in_order = np.array([label_of[image] for image in split.ids.tolist()], dtype=np.int64)
         folder.complete(units, folds=split, labels=in_order, metric=METRICS["accuracy"], info={"tta": ["identity"]})
     return path
-
-
-@pytest.fixture
-def root(demo_root, tmp_path):
-    """A copy of the demo's root; its images are linked, not copied."""
-    for name in ("competition.yaml", "folds.csv", "train.csv"):
-        target = tmp_path / "inputs" / "demo" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(demo_root / "inputs" / "demo" / name, target)
-    for name in ("images", "cache"):
-        (tmp_path / "inputs" / "demo" / name).symlink_to(demo_root / "inputs" / "demo" / name)
-    return tmp_path
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were written, in order."""
-    kept = []
-    savefig = Figure.savefig
-
-    def keep(self, *args, **kwargs):
-        kept.append(self)
-        savefig(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return kept
 
 
 def texts(figure):

@@ -12,7 +12,6 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
@@ -30,20 +29,6 @@ from foldwise.show.plots import (
     picture,
     short,
 )
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were written, in order."""
-    kept = []
-    savefig = Figure.savefig
-
-    def keep(self, *args, **kwargs):
-        kept.append(self)
-        savefig(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return kept
 
 
 def texts(figure):

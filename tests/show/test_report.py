@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 
@@ -88,18 +87,6 @@ def keep_run(root, name, *, metric="accuracy", kind="kfold", skill=1.5, epochs=2
             folder.save_unit(unit)
         folder.complete([(k, 42) for k in numbers], folds=folds, labels=labels, metric=METRICS[metric], info={})
     return path
-
-
-@pytest.fixture
-def root(demo_root, tmp_path):
-    """A copy of the demo's root; its images are linked, not copied."""
-    for name in ("competition.yaml", "folds.csv", "train.csv"):
-        target = tmp_path / "inputs" / "demo" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(demo_root / "inputs" / "demo" / name, target)
-    for name in ("images", "cache"):
-        (tmp_path / "inputs" / "demo" / name).symlink_to(demo_root / "inputs" / "demo" / name)
-    return tmp_path
 
 
 def names_of(report):
