@@ -5,12 +5,25 @@ Groups must widen the error, pairing must narrow it.
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest, norm
 
 from foldwise.metrics import METRICS
-from foldwise.stats import bootstrap_interval, paired_difference, standard_error, wilson
+from foldwise.stats import (
+    bias_corrected,
+    bootstrap,
+    bootstrap_interval,
+    normal_quantile,
+    paired_difference,
+    spent,
+    standard_error,
+    wilson,
+)
 
 ACCURACY = METRICS["accuracy"]
 
@@ -123,3 +136,101 @@ def test_wilson_is_scipys(hits, trials):
 
 def test_wilson_knows_nothing_from_no_trial():
     assert wilson(np.array([0]), np.array([0])).tolist() == [[0.0, 1.0]]
+
+
+def test_a_draw_counts_each_group_as_often_as_it_was_drawn():
+    rng = np.random.default_rng(6)
+    labels = rng.integers(0, 4, 30)
+    groups = rng.integers(0, 12, 30)
+    probs = predictions(rng, labels, 0.5)
+    names = np.unique(groups)
+    expected = []
+    for drawn in np.random.default_rng(7).integers(0, len(names), (20, len(names))):
+        rows = np.concatenate([np.flatnonzero(groups == names[index]) for index in drawn])
+        expected.append(ACCURACY.score(labels[rows], probs[rows]))
+    assert bootstrap(ACCURACY, labels, [probs], groups, draws=20, seed=7)[:, 0] == pytest.approx(expected)
+
+
+def test_the_best_of_equals_is_flattered_by_what_theory_says_and_its_corrected_score_is_not():
+    naive, corrected = [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, 4, 400)
+        tried = [predictions(rng, labels, 0.6) for _ in range(40)]
+        found = bias_corrected(ACCURACY, labels, tried, np.arange(400), draws=200, seed=seed)
+        naive.append(found.naive)
+        corrected.append(found.score)
+        assert found.chosen_among == 40
+    # The mean of the greatest of 40 standard normal variables is 2.16.
+    assert np.mean(naive) - 0.6 == pytest.approx(2.16 * np.sqrt(0.6 * 0.4 / 400), rel=0.1)
+    assert abs(np.mean(corrected) - 0.6) < 3 * np.std(corrected) / np.sqrt(40)
+
+
+def test_choosing_loses_little_where_one_is_truly_the_best():
+    rng = np.random.default_rng(8)
+    labels = rng.integers(0, 4, 1_000)
+    tried = [predictions(rng, labels, share) for share in (0.5, 0.8, 0.55)]
+    found = bias_corrected(ACCURACY, labels, tried, np.arange(1_000))
+    assert found.naive == ACCURACY.score(labels, tried[1])
+    assert found.score == pytest.approx(found.naive, abs=0.002)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_one_configuration_needs_no_correction(name):
+    rng = np.random.default_rng(9)
+    labels = rng.integers(0, 4, 600)
+    groups = rng.integers(0, 300, 600)
+    probs = 0.2 * predictions(rng, labels, 0.6) + 0.2
+    found = bias_corrected(METRICS[name], labels, [probs], groups, draws=2_000)
+    error = standard_error(METRICS[name], labels, probs, groups)
+    assert found.naive == METRICS[name].score(labels, probs)
+    assert found.score == pytest.approx(found.naive, abs=0.15 * error)
+    assert found.standard_error == pytest.approx(error, rel=0.08)
+    assert found.low < found.score < found.high
+    assert found.high - found.low == pytest.approx(4 * error, rel=0.12)
+
+
+def test_the_least_loss_is_the_best():
+    rng = np.random.default_rng(10)
+    labels = rng.integers(0, 4, 300)
+    sure = 0.2 * np.eye(4)[labels] + 0.2
+    found = bias_corrected(METRICS["log_loss"], labels, [np.full((300, 4), 0.25), sure], np.arange(300), draws=100)
+    assert found.naive == pytest.approx(-np.log(0.4))
+    assert found.score == pytest.approx(-np.log(0.4))
+
+
+def test_draws_that_leave_nothing_out_are_passed_over():
+    labels = np.array([0, 0, 1, 1])
+    found = bias_corrected(ACCURACY, labels, [np.eye(2)[[0, 0, 0, 0]]], np.array([0, 0, 1, 1]), draws=200)
+    assert found.score == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("count", "groups"), [(0, 3), (2, 1)])
+def test_a_choice_needs_something_to_choose_and_something_left_out(count, groups):
+    labels = np.zeros(6, dtype=np.int64)
+    with pytest.raises(ValueError, match=f"needs a configuration and two groups, but got .*={count}, groups={groups}"):
+        bias_corrected(ACCURACY, labels, [np.eye(2)[labels]] * count, np.arange(6) % groups)
+
+
+@pytest.mark.slow
+def test_two_hundred_configurations_are_corrected_in_seconds():
+    rng = np.random.default_rng(11)
+    labels = rng.integers(0, 7, 2_700)
+    tried = [predictions(rng, labels, 0.6, 7) for _ in range(200)]
+    begun = perf_counter()
+    bias_corrected(ACCURACY, labels, tried, np.arange(2_700))
+    assert perf_counter() - begun < 20
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8).map(sorted), st.floats(0, 1))
+def test_an_error_rate_is_spent_little_by_little_and_wholly(shares, error_rate):
+    amounts = [spent(share, error_rate) for share in shares]
+    assert amounts == sorted(amounts)
+    assert spent(0, error_rate) == 0
+    assert spent(1, error_rate) == pytest.approx(error_rate)
+
+
+def test_a_normal_quantile_is_scipys():
+    assert [normal_quantile(share) for share in (0.001, 0.05, 0.5, 0.975)] == pytest.approx(
+        norm.ppf([0.001, 0.05, 0.5, 0.975])
+    )

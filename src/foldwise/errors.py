@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 class FoldwiseError(Exception):
@@ -65,6 +66,10 @@ class FaultsError(FoldwiseError):
         noun = "error" if count == 1 else "errors"
         body = "\n".join(str(fault) for fault in self.faults)
         super().__init__(f"{body}\n{count} {noun}; {self.consequence}.")
+
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[Fault, ...]]]:
+        """Pickle by the faults, since an exception's own way would pass the whole message as them."""
+        return type(self), (self.faults,)
 
 
 class SpecError(FaultsError):

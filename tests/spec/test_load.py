@@ -214,7 +214,7 @@ def test_a_label_map_maps_every_class_of_the_competition_and_no_other(project: P
 def test_a_spec_kept_before_a_key_came_has_that_keys_default() -> None:
     whole = resolved(ExperimentSpec.model_validate(json.loads(json.dumps(LEAST)), strict=False))
     older = copy.deepcopy(whole)
-    del older["label_map"], older["model"]["head"]
+    del older["label_map"], older["model"]["head"], older["tuned"]
     assert with_defaults(older) == whole
     assert with_defaults(older | {"seeds": [7]}) == whole | {"seeds": [7]}
     assert with_defaults({"no": "spec"}) == {"no": "spec"}
@@ -347,6 +347,17 @@ def test_a_kept_spec_is_readable_and_differs_in_nothing(project: Path) -> None:
     assert "\n  lr: 0.0002\n" in text
     assert "\ntta: [identity, hflip, zoom_1.1]\n" in text
     assert validate(parse_yaml(text, Path("spec.yaml")), ExperimentSpec) == spec
+
+
+def test_a_spec_that_a_study_wrote_says_so_for_good(project: Path) -> None:
+    text = VIT + f"tuned: {{study: vit, trials: 30, folds_sha256: {'0a' * 32}}}\n"
+    spec = load(project, text)
+    assert spec.tuned is not None
+    assert spec.tuned.trials == 30
+    assert validate(parse_yaml(spec_yaml(spec), Path("spec.yaml")), ExperimentSpec) == spec
+    assert with_defaults(resolved(spec))["tuned"]["study"] == "vit"
+    assert "`tuned.trials` must be at least 1, but got 0" in message(project, text.replace("30, folds", "0, folds"))
+    assert "`tuned.folds_sha256`" in message(project, text.replace("0a0a", "0A0A"))
 
 
 # Any valid spec -------------------------------------------------------------------------------------------------------

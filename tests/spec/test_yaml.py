@@ -16,11 +16,14 @@ from foldwise.spec.yaml import (
     Document,
     did_you_mean,
     dump_yaml,
+    flow_text,
+    loc_of,
     nearest,
     parse_value,
     parse_yaml,
     read_yaml,
     validate,
+    value_at,
 )
 
 HERE = Path("exp.yaml")
@@ -399,6 +402,45 @@ def test_dump_reads_back(value: dict[str, Any]) -> None:
     document: Document = parse_yaml(dump_yaml(value), HERE)
     assert document.faults == ()
     assert exactly(document.value) == exactly(value)
+
+
+@given(plain_data)
+def test_flow_text_is_one_line_that_reads_back(value: Any) -> None:
+    text = flow_text(value)
+    assert "\n" not in text
+    assert exactly(parse_value(text)) == exactly(value)
+
+
+def test_flow_text_is_short() -> None:
+    assert flow_text(["identity", "hflip"]) == "[identity, hflip]"
+    assert flow_text({"a": [{"p": 0.5}, []], "b": {}}) == "{a: [{p: 0.5}, []], b: {}}"
+    assert [flow_text(value) for value in (None, True, 1, 0.5, "x")] == ["null", "true", "1", "0.5", "x"]
+
+
+@pytest.mark.parametrize(
+    ("key", "loc"),
+    [
+        ("a.0.p", ("a", 0, "p")),
+        ("a.1.p", ("a", 1, "p")),
+        ("a.x", ("a", "x")),
+        ("space.optim.lr.low", ("space", "optim.lr", "low")),
+        ("space.optim.wd.low", ("space", "optim", "wd", "low")),
+        ("space.optim", ("space", "optim")),
+        ("new.key", ("new", "key")),
+        ("a..b", ("a", "", "b")),
+    ],
+)
+def test_a_dotted_key_leads_to_a_place(key: str, loc: tuple[str | int, ...]) -> None:
+    assert loc_of({"a": [{"p": 1}], "space": {"optim.lr": {"low": 1}, "optim": 3}}, key) == loc
+
+
+def test_what_stands_at_a_place() -> None:
+    tree = {"a": [{"p": 1}]}
+    assert value_at(tree, ("a", 0, "p")) == 1
+    assert value_at(tree, ()) is tree
+    for loc in (("a", 1), ("a", "0"), ("a", 0, "p", "q"), ("b",)):
+        with pytest.raises(KeyError):
+            value_at(tree, loc)
 
 
 @given(st.text(max_size=40) | st.text("ab:-{}[]&*!|>'\"#%@?,\t \n01.e", max_size=60))

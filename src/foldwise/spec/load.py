@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from foldwise.errors import Fault, SpecError
 from foldwise.files import sha256_json
-from foldwise.spec.catalogue import complaints
-from foldwise.spec.model import EXPERIMENT_NAME, ExperimentSpec, resolved
+from foldwise.spec.catalogue import Complaint, complaints
+from foldwise.spec.model import EXPERIMENT_NAME, ChoiceSpec, ExperimentSpec, RangeSpec, resolved
+from foldwise.spec.space import space_faults
 from foldwise.spec.yaml import (
     Document,
     Loc,
@@ -24,14 +25,16 @@ from foldwise.spec.yaml import (
     dotted,
     dump_yaml,
     in_order,
+    loc_of,
     nearest,
     parse_value,
     read_yaml,
+    value_at,
 )
 
 
 def load_experiment(
-    path: Path, *, overrides: Sequence[str] = (), name: str | None = None, root: Path
+    path: Path, *, overrides: Sequence[str] = (), name: str | None = None, root: Path, tuning: bool = False
 ) -> ExperimentSpec:
     """Read an experiment file and check all that can be checked without images or torch.
 
@@ -39,8 +42,10 @@ def load_experiment(
         path: `experiments/<exp>.yaml`.
         overrides: `a.b=value` each, values in YAML; list items by index (`augment.0.HorizontalFlip.p=0.3`).
         name: Names the run instead of the file's stem; an overridden spec without one is called `<exp>_<hash>`, by
-            what the overrides set, whatever their order and spelling.
+            what the overrides set, whatever their order and spelling. Those of `tune` change nothing that is trained.
         root: The project's root, which holds `experiments/`, `inputs/` and `oof/`.
+        tuning: Whether the overridden spec is about to be searched, so that its values must lie in `tune.space`. The
+            file's own always must; where overrides change them for a single run, they need not.
 
     Returns:
         The valid spec, overrides in it, under the run's name.
@@ -52,13 +57,16 @@ def load_experiment(
     spec, schema_faults = check(document, ExperimentSpec)
     faults += schema_faults
     faults += _reference_faults(document, path.stem, root)
+    trained = {loc for loc in locs if loc[0] != "tune"}
+    if tuning or not trained:
+        faults += _tune_faults(document, path.stem, root)
     if name is not None:
-        faults += _name_faults(name, path.stem, bool(overrides), root)
+        faults += _name_faults(name, path.stem, bool(trained), root)
     if spec is None or faults:
         raise SpecError(in_order(faults))
-    if name is None and locs:
+    if name is None and trained:
         tree = resolved(spec)
-        name = f"{spec.name}_{sha256_json({dotted(loc): _at(tree, loc) for loc in locs})[:6]}"
+        name = f"{spec.name}_{sha256_json({dotted(loc): value_at(tree, loc) for loc in trained})[:6]}"
         if not EXPERIMENT_NAME.fullmatch(name):
             raise SpecError([Fault(f"--set {overrides[0]}", f"`{name}` is too long a name", "give it one: NAME=...")])
     return spec if name is None else spec.model_copy(update={"name": name})
@@ -152,7 +160,7 @@ def _overridden(document: Document, overrides: Sequence[str]) -> tuple[Document,
     for override in overrides:
         where = f"--set {override}"
         key, equals, text = override.partition("=")
-        loc = _loc_of(document.value, key.strip())
+        loc = _loc_of_override(document.value, key.strip())
         if not equals or "" in loc:
             faults.append(Fault(where, "an override must read `section.key=value`", "e.g. optim.lr=1e-3"))
         elif loc == ("name",):
@@ -168,23 +176,17 @@ def _overridden(document: Document, overrides: Sequence[str]) -> tuple[Document,
     return document, locs, faults
 
 
-def _loc_of(tree: Any, key: str) -> Loc:
-    loc: list[str | int] = []
-    for part in key.split("."):
-        if isinstance(tree, list):
-            index = int(part) if part.isascii() and part.isdigit() else None
-            loc.append(part if index is None else index)
-            tree = tree[index] if index is not None and index < len(tree) else None
-        else:
-            loc.append(part)
-            tree = tree.get(part) if isinstance(tree, dict) else None
-    return tuple(loc)
-
-
-def _at(tree: Any, loc: Loc) -> Any:
-    for part in loc:
-        tree = tree[part]
-    return tree
+def _loc_of_override(tree: Any, key: str) -> Loc:
+    loc = loc_of(tree, key)
+    if loc[:2] != ("tune", "space") or len(loc) < 4:
+        return loc
+    space = _mapping(_mapping(tree.get("tune")).get("space"))
+    if loc[2] in space:
+        # the keys of `when` are dotted as well
+        return (*loc[:4], dotted(loc[4:])) if loc[3] == "when" and len(loc) > 4 else loc
+    # A key that is new to the space: all up to a field of its entry, `optim.lr` of `tune.space.optim.lr.low`.
+    fields = {*RangeSpec.model_fields, *ChoiceSpec.model_fields}
+    return (*loc[:2], dotted(loc[2:-1]), loc[-1]) if loc[-1] in fields else (*loc[:2], dotted(loc[2:]))
 
 
 # What a spec refers to ------------------------------------------------------------------------------------------------
@@ -194,35 +196,66 @@ def _reference_faults(document: Document, stem: str, root: Path) -> Iterator[Fau
     spec = document.value
     if isinstance(name := spec.get("name"), str) and name != stem:
         yield document.fault(("name",), f"`name` must be the file's stem, but got {name!r}", f"write `name: {stem}`")
-    channels = None
     competition = spec.get("competition")
+    described = _described(spec, root)
     if isinstance(competition, str) and EXPERIMENT_NAME.fullmatch(competition):
-        described = root / "inputs" / competition / "competition.yaml"
-        if described.is_file():
-            channels, classes = _channels_and_classes(described)
-            yield from _label_map_faults(document, competition, classes)
+        if described is not None:
+            yield from _label_map_faults(document, competition, _list(described.get("classes")))
         else:
             known = [folder.parent.name for folder in sorted((root / "inputs").glob("*/competition.yaml"))]
             make = "make demo" if competition == "demo" else f"make data COMP={competition} FROM=<folder>"
             near = did_you_mean(competition, known)
             fix = f"{near} if not, `{make}` reads it in" if near else f"`{make}`"
             yield document.fault(("competition",), f"there is no competition `{competition}` in inputs/", fix)
-    for complaint in complaints(spec, root, channels=channels):
+    for complaint in _complaints(spec, described, stem, root):
         yield document.fault(complaint.loc, complaint.what, complaint.fix, on_key=complaint.on_key)
-    model = spec.get("model")
-    weights = model.get("weights") if isinstance(model, dict) else None
+
+
+def _tune_faults(document: Document, stem: str, root: Path) -> Iterator[Fault]:
+    tune = document.value.get("tune")
+    if not isinstance(tune, dict):
+        return
+    described = _described(document.value, root)
+    yield from space_faults(document, lambda tree: _complaints(tree, described, stem, root))
+    kind = _mapping((described or {}).get("split")).get("kind", "kfold")
+    folds = _list(_mapping(tune.get("fidelity")).get("folds"))
+    if kind == "full":
+        what = f"`{document.value['competition']}` has `split.kind: full`: nothing is scored, so nothing can be chosen"
+        yield document.fault(("tune",), what, "tune on a competition with folds or a held-out part", on_key=True)
+    elif kind != "kfold" and folds not in ([], [0]):
+        what = f"`tune.fidelity.folds` can only be [0] with `split.kind: {kind}`, but got {folds}"
+        yield document.fault(("tune", "fidelity", "folds"), what, "remove it")
+
+
+def _complaints(spec: dict[str, Any], described: dict[str, Any] | None, stem: str, root: Path) -> Iterator[Complaint]:
+    """What the libraries would refuse, and weights of a run that is not there."""
+    channels = _mapping((described or {}).get("image")).get("channels")
+    yield from complaints(spec, root, channels=channels if isinstance(channels, int) else None)
+    weights = _mapping(spec.get("model")).get("weights")
     if isinstance(weights, str) and weights.startswith("run:"):
-        yield from _source_faults(document, weights.removeprefix("run:"), stem, root)
+        yield from _source_complaints(weights.removeprefix("run:"), stem, root)
 
 
-def _channels_and_classes(path: Path) -> tuple[int | None, list[str]]:
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _described(spec: dict[str, Any], root: Path) -> dict[str, Any] | None:
+    """The `competition.yaml` that a spec names, as plain data; None where there is none."""
+    competition = spec.get("competition")
+    if not isinstance(competition, str) or not EXPERIMENT_NAME.fullmatch(competition):
+        return None
+    path = root / "inputs" / competition / "competition.yaml"
+    if not path.is_file():
+        return None
     try:
-        description = read_yaml(path).value
+        return _mapping(read_yaml(path).value)
     except SpecError:
-        return None, []  # whoever loads the competition tells what is wrong with it
-    image, classes = description.get("image"), description.get("classes")
-    channels = image.get("channels") if isinstance(image, dict) else None
-    return channels if isinstance(channels, int) else None, classes if isinstance(classes, list) else []
+        return {}  # whoever loads the competition tells what is wrong with it
 
 
 def _label_map_faults(document: Document, competition: str, classes: list[str]) -> Iterator[Fault]:
@@ -240,9 +273,9 @@ def _label_map_faults(document: Document, competition: str, classes: list[str]) 
         yield document.fault(("label_map",), what, f"map it to itself where it stays; {theirs}", on_key=True)
 
 
-def _source_faults(document: Document, source: str, stem: str, root: Path) -> Iterator[Fault]:
+def _source_complaints(source: str, stem: str, root: Path) -> Iterator[Complaint]:
     if source == stem:
-        yield document.fault(("model", "weights"), "an experiment cannot start from its own weights", "name another")
+        yield Complaint(("model", "weights"), "an experiment cannot start from its own weights", "name another")
         return
     if not EXPERIMENT_NAME.fullmatch(source):
         return  # the schema speaks of it
@@ -251,7 +284,7 @@ def _source_faults(document: Document, source: str, stem: str, root: Path) -> It
     if source not in known:
         near = nearest(source, sorted(known - {stem}))
         fix = f"did you mean `run:{near}`?" if near else f"train experiments/{source}.yaml first"
-        yield document.fault(("model", "weights"), f"there is no experiment or run `{source}`", fix)
+        yield Complaint(("model", "weights"), f"there is no experiment or run `{source}`", fix)
 
 
 def _name_faults(name: str, stem: str, overridden: bool, root: Path) -> Iterator[Fault]:

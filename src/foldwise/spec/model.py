@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 # The name of an experiment, and so of its file, its folder in `oof/` and its W&B group.
 EXPERIMENT_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,79}")
@@ -153,6 +154,121 @@ class TrainSpec(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads of a unit; null: all cores. Bits depend on it.")
 
 
+class RangeSpec(Section):
+    """Numbers from `low` to `high`, both ends included."""
+
+    low: int | float = Field(description="Smallest value.")
+    high: int | float = Field(description="Largest value.")
+    log: bool = Field(
+        False, description="Draw evenly in the logarithm, so that 1e-4 to 1e-3 gets as much as 1e-3 to 1e-2."
+    )
+    step: int | float | None = Field(None, description="Only `low`, `low + step`, `low + 2 step`, ...; not with `log`.")
+    when: dict[str, tuple[Any, ...]] | None = Field(
+        None, description="Other keys of the space with the values for which this one is drawn; else it stays as it is."
+    )
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"`low < high` must hold, but got (low={self.low}, high={self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"`log` needs `low` > 0, but got low={self.low}")
+        if self.log and self.step is not None:
+            raise ValueError(f"`log` takes no `step`, but got step={self.step}")
+        # in decimals: as floats, 0.03 - 0.02 is less than 0.01
+        low, high = Decimal(str(self.low)), Decimal(str(self.high))
+        if self.step is not None and not 0 < Decimal(str(self.step)) <= high - low:
+            raise ValueError(f"`0 < step <= high - low` must hold, but got step={self.step}")
+        return self
+
+
+class ChoiceSpec(Section):
+    """One of several values: scalars, lists or whole sections."""
+
+    choices: tuple[Any, ...] = Field(min_length=2, description="The values, in no order.")
+    when: dict[str, tuple[Any, ...]] | None = Field(
+        None, description="Other keys of the space with the values for which this one is drawn; else it stays as it is."
+    )
+
+    @field_validator("choices")
+    @classmethod
+    def _distinct_choices(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        for index, choice in enumerate(value):
+            if choice in value[:index]:
+                raise ValueError(f"expected distinct choices, but got {list(value)}")
+        return value
+
+
+def _range_or_choice(value: Any) -> str:
+    has_choices = "choices" in value if isinstance(value, dict) else isinstance(value, ChoiceSpec)
+    return "choice" if has_choices else "range"
+
+
+SpaceEntry = Annotated[
+    Annotated[RangeSpec, Tag("range")] | Annotated[ChoiceSpec, Tag("choice")], Discriminator(_range_or_choice)
+]
+
+
+class FidelitySpec(Section):
+    """What a trial does less of than the experiment, so that more trials fit into a night; null: as the experiment."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="Epochs of a trial; whatever the spec counts in epochs shrinks by the same ratio."
+    )
+    folds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="Folds of a trial; null: all."
+    )
+    image_size: int | None = Field(None, ge=16, le=1024, description="`model.image_size` of a trial, px.")
+
+    @field_validator("folds")
+    @classmethod
+    def _distinct_folds(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError(f"expected distinct folds, but got {list(value)}")
+        return value
+
+
+class PruneSpec(Section):
+    """When a trial ends early."""
+
+    folds: bool = Field(True, description="After each fold, end a trial that the best complete one surely beats.")
+    error_rate: float = Field(
+        0.05, gt=0, lt=0.5, description="Chance that a trial as good as the best is ended, over all its folds."
+    )
+    epochs: Literal["none", "median", "hyperband"] = Field(
+        "none", description="Also end a trial between epochs, by one of Optuna's pruners."
+    )
+
+
+class TuneSpec(Section):
+    """How the experiment's parameters are searched; no part of what one run trains."""
+
+    trials: int = Field(
+        30, ge=1, le=100_000, description="Distinct parameter sets, the spec's own values being the first."
+    )
+    sampler: Literal["tpe", "random", "cmaes", "grid", "gp"] = Field(
+        "tpe", description="Optuna's sampler; `grid` tries every set of a finite space once."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the sampler; the trainings keep `seeds`.")
+    space: dict[str, SpaceEntry] = Field(
+        min_length=1,
+        description="From dotted keys of this file (`optim.lr`, `augment.1.Affine.p`) to what they may be.",
+    )
+    fidelity: FidelitySpec = FidelitySpec()
+    finalists: int = Field(
+        2, ge=0, description="So many of the best are run again in full; the best of these wins. 0 names no winner."
+    )
+    prune: PruneSpec = PruneSpec()
+
+
+class TunedSpec(Section):
+    """Where a spec's parameters come from, written by the study that found them."""
+
+    study: str = Field(description="The experiment that was tuned.")
+    trials: int = Field(ge=1, description="Parameter sets among which this one was chosen.")
+    folds_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the folds.csv that it was chosen on.")
+
+
 class ExperimentSpec(Section):
     """One experiment: one YAML file, one name, one `oof/` folder, one W&B group."""
 
@@ -177,6 +293,8 @@ class ExperimentSpec(Section):
     schedule: ScheduleSpec = ScheduleSpec()
     train: TrainSpec
     tta: tuple[str, ...] = Field(("identity", "hflip"), min_length=1, description="Views averaged in probability.")
+    tune: TuneSpec | None = Field(None, description="How `make tune` searches; a run takes no notice of it.")
+    tuned: TunedSpec | None = Field(None, description="Written by `make tune` into the spec of a study's winner.")
 
     @field_validator("name", "competition")
     @classmethod
@@ -270,5 +388,8 @@ def mapped_classes(classes: Sequence[str], label_map: Mapping[str, str] | None) 
 
 
 def resolved(spec: ExperimentSpec) -> dict[str, Any]:
-    """The spec with every default filled in, as plain JSON types: what `oof/<exp>/spec.yaml` holds and is hashed."""
-    return spec.model_dump(mode="json")
+    """The spec with every default filled in, as plain JSON types: what `oof/<exp>/spec.yaml` holds and is hashed.
+
+    `tune` is left out: it says how one searches, not what is trained.
+    """
+    return spec.model_dump(mode="json", exclude={"tune"})

@@ -284,7 +284,55 @@ def dump_yaml(value: dict[str, Any]) -> str:
     return text
 
 
+def flow_text(value: Any) -> str:
+    """`value` as YAML on one line: `[identity, hflip]`, `{p: 0.5}`."""
+    text: str = yaml.dump(value, Dumper=_FlowDumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def loc_of(tree: Any, key: str) -> Loc:
+    """The place in `tree` that a dotted key names; list items by index, a part that is not there as it is written.
+
+    A key of the tree may hold dots itself: the longest that fits is taken, so that `tune.space.optim.lr.low` is found.
+    """
+    loc: list[str | int] = []
+    parts = key.split(".")
+    while parts:
+        length = 1
+        if isinstance(tree, list):
+            index = int(parts[0]) if parts[0].isascii() and parts[0].isdigit() else None
+            loc.append(parts[0] if index is None else index)
+            tree = tree[index] if index is not None and index < len(tree) else None
+        else:
+            inside = tree if isinstance(tree, dict) else {}
+            fits = [count for count in range(1, len(parts) + 1) if ".".join(parts[:count]) in inside]
+            length = max(fits, default=1)
+            name = ".".join(parts[:length])
+            loc.append(name)
+            tree = inside.get(name)
+        parts = parts[length:]
+    return tuple(loc)
+
+
+def value_at(tree: Any, loc: Loc) -> Any:
+    """What stands at `loc`.
+
+    Raises:
+        KeyError: If nothing does.
+    """
+    for done, part in enumerate(loc):
+        inside = range(len(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else ()
+        if part not in inside:
+            raise KeyError(dotted(loc[: done + 1]))
+        tree = tree[part]
+    return tree
+
+
 class _Dumper(yaml.SafeDumper):
+    pass
+
+
+class _FlowDumper(_Dumper):
     pass
 
 
@@ -301,8 +349,22 @@ def _represent_list(dumper: _Dumper, items: list[Any]) -> yaml.SequenceNode:
     return dumper.represent_sequence(f"{_TAG}seq", items, flow_style=flat)
 
 
+def _represent_str_in_flow(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # other quotes break the line where the text does
+    return dumper.represent_scalar(f"{_TAG}str", text, style='"') if "\n" in text else _represent_str(dumper, text)
+
+
+def _represent_in_flow(dumper: _Dumper, value: Any) -> yaml.Node:
+    if isinstance(value, dict):
+        return dumper.represent_mapping(f"{_TAG}map", value, flow_style=True)
+    return dumper.represent_sequence(f"{_TAG}seq", value, flow_style=True)
+
+
 _Dumper.add_representer(str, _represent_str)
 _Dumper.add_representer(list, _represent_list)
+_FlowDumper.add_representer(str, _represent_str_in_flow)
+_FlowDumper.add_representer(list, _represent_in_flow)
+_FlowDumper.add_representer(dict, _represent_in_flow)
 
 
 def _initials(words: str) -> str:
