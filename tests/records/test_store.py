@@ -357,6 +357,15 @@ def test_a_kill_while_clearing_is_finished_by_the_next_open(project, monkeypatch
         assert folder.attempt == 2
 
 
+def test_a_study_in_the_folder_is_no_hindrance_and_outlives_a_fresh_run(project):
+    table = project.root / "oof" / "vit" / "tune" / "trials.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("number,state\n")
+    for fresh in (False, True):
+        with project.open("vit", fresh=fresh):
+            assert table.read_text() == "number,state\n"
+
+
 def test_files_without_a_spec_are_not_deleted_unasked(project):
     path = project.root / "oof" / "vit"
     path.mkdir(parents=True)

@@ -34,6 +34,8 @@ FRESH = "redo it with --fresh"
 _SPEC, _OOF, _TEST, _HISTORY, _RECORD = "spec.yaml", "oof.csv", "test.csv", "history.csv", "run.json"
 _VAL, _WEIGHTS, _CHECKPOINT, _UNIT = "val.csv", "weights.safetensors", "checkpoint.pt", "unit.json"
 _STATE, _LOCK = ".state.json", ".lock"
+# A folder in a run's folder that is not of the run: the study that searched its experiment's space.
+STUDY = "tune"
 
 Ids = NDArray[np.str_]
 Probs32 = NDArray[np.float32]
@@ -491,6 +493,8 @@ def _unblendable(info: Mapping[str, Any], competition: str, folds_sha256: str) -
         return f"is of competition {info['competition']}"
     if info["smoke"]:
         return "is a smoke run"
+    if number := info["split"].get("number"):
+        return f"is on split {number} of the folds, where it confirms what was chosen on the first"
     if info["split"]["kind"] != "kfold":
         return f"has no out-of-fold predictions for every image (split kind {info['split']['kind']})"
     if info.get("label_map"):
@@ -548,7 +552,7 @@ def _open_attempt(path: Path, spec: dict[str, Any], context: Context, *, fresh: 
         record = _read_json(path / _RECORD)
         before = before or _state_of(record) or state
         _refuse_other(path, spec, before["context"], state["context"])
-    elif before is None and any(not child.name.startswith(".") for child in path.iterdir()):
+    elif before is None and any(not child.name.startswith(".") and child.name != STUDY for child in path.iterdir()):
         raise RecordError([Fault(shown(path), f"holds files but no {_SPEC}", f"take it back with git, or {FRESH}")])
     state |= {key: before[key] for key in ("attempt", "started") if before is not None}
     atomic_write(path / _STATE, pretty_json(state))
@@ -573,11 +577,11 @@ def _latest_attempt(path: Path) -> int:
 
 
 def _clear(path: Path) -> None:
-    """Delete a run, first of all what vouches for the rest."""
+    """Delete a run, first of all what vouches for the rest; the study that searched its space stays."""
     for name in (_RECORD, _SPEC):
         (path / name).unlink(missing_ok=True)
     for child in path.iterdir():
-        if child.name in (_STATE, _LOCK):
+        if child.name in (_STATE, _LOCK, STUDY):
             continue
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
@@ -726,7 +730,7 @@ def write_probs(path: Path, leading: Mapping[str, Ids], probs: Probs32, classes:
     """Write columns of text and then probabilities; nine significant digits tell every float32 from its neighbours."""
     columns = [column.tolist() for column in leading.values()]
     rows = ([*texts, *(f"{p:.9g}" for p in row)] for *texts, row in zip(*columns, probs.tolist(), strict=True))
-    _write_csv(path, [*leading, *_prob_columns(classes)], rows)
+    write_csv(path, [*leading, *_prob_columns(classes)], rows)
 
 
 def read_probs(path: Path, leading: tuple[str, ...], classes: Sequence[str]) -> tuple[tuple[Ids, ...], Probs64]:
@@ -749,7 +753,7 @@ def read_probs(path: Path, leading: tuple[str, ...], classes: Sequence[str]) -> 
 
 def _write_history(path: Path, rows: Sequence[Mapping[str, float | int]]) -> None:
     columns = list(dict.fromkeys(["fold", "seed", "epoch", *(key for row in rows for key in row)]))
-    _write_csv(path, columns, ([repr(row[key]) if key in row else "" for key in columns] for row in rows))
+    write_csv(path, columns, ([repr(row[key]) if key in row else "" for key in columns] for row in rows))
 
 
 def _read_history(path: Path) -> list[dict[str, float | int]]:
@@ -761,7 +765,8 @@ def _number(text: str) -> float | int:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table whole or not at all."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
