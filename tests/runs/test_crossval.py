@@ -18,7 +18,7 @@ from foldwise.data.readers import ImageSpec
 from foldwise.errors import DeviceError, FoldwiseError
 from foldwise.learn.device import pick_runtime
 from foldwise.records.store import Unit
-from foldwise.runs.crossval import Table, inner_slice, make_table, relabelled, run_units, smoke_table
+from foldwise.runs.crossval import Table, inner_slice, make_table, relabelled, smoke_table, train_unit
 from foldwise.runs.events import EpochDone, Event, UnitStarted
 from foldwise.spec.model import ExperimentSpec, ModelSpec, OptimSpec, TrainSpec
 
@@ -67,18 +67,22 @@ def run(
     table: Table, folder: Path, spec: ExperimentSpec | None = None, units: tuple[tuple[int, int], ...] = (), **options
 ) -> tuple[list[Unit], list[Event]]:
     events: list[Event] = []
-    finished = run_units(
-        spec or spec_of(),
-        table,
-        CLASSES,
-        "accuracy",
-        units or tuple((fold, 42) for fold in table.folds),
-        folder_of=lambda fold, seed: folder / f"fold{fold}" / f"seed{seed}",
-        runtime=pick_runtime("cpu", "fp32", 1),
-        emit=events.append,
-        **options,
-    )
-    return list(finished), events
+    finished = [
+        train_unit(
+            spec or spec_of(),
+            table,
+            CLASSES,
+            "accuracy",
+            fold,
+            seed,
+            folder=folder / f"fold{fold}" / f"seed{seed}",
+            runtime=pick_runtime("cpu", "fp32", 1),
+            emit=events.append,
+            **options,
+        )
+        for fold, seed in units or tuple((fold, 42) for fold in table.folds)
+    ]
+    return finished, events
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Cross-validation: one unit (a fold with a seed) after another, each trained, predicted and yielded.
+"""Cross-validation: one unit, a fold with a seed, trained and predicted.
 
 Rows are split by the committed folds; what is watched during training is an inner slice of the training fold.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -137,60 +137,59 @@ def inner_slice(
     return np.sort(np.array(held, dtype=np.int64))
 
 
-def run_units(
+def train_unit(
     spec: ExperimentSpec,
     table: Table,
     classes: Sequence[str],
     metric: str,
-    units: Sequence[tuple[int, int]],
+    fold: int,
+    seed: int,
     *,
-    folder_of: Callable[[int, int], Path],
+    folder: Path,
     runtime: Runtime,
     emit: Callable[[Event], None],
     start_weights: Callable[[int, int], Mapping[str, torch.Tensor]] | None = None,
     new_head: bool = False,
-) -> Iterator[Unit]:
-    """Train units one after another and yield each with its predictions.
+) -> Unit:
+    """Train one unit and predict with it, or go on with it from its checkpoint.
 
     Args:
         spec: The experiment.
         table: Images, labels and folds.
         classes: Class names in index order.
         metric: The competition's metric.
-        units: (fold, seed) in the order to run.
-        folder_of: Folder of a unit, for its checkpoint and weights.
+        fold: The fold that is scored.
+        seed: Of every random choice.
+        folder: The unit's folder, for its checkpoint and weights.
         runtime: Device, precision and threads.
         emit: Takes events.
-        start_weights: Weights for a unit to start from, where the spec says `run:<exp>`.
+        start_weights: Weights to start from, by (fold, seed), where the spec says `run:<exp>`.
         new_head: Leave those weights' head aside, since it is of other classes.
 
-    Yields:
-        Finished units, with nothing stored but `weights.safetensors` and the last checkpoint in their folders.
+    Returns:
+        The finished unit, with nothing stored but `weights.safetensors` and the last checkpoint in its folder.
 
     Raises:
         DivergedError: If a loss or logit is not finite.
         DeviceError: If the device's memory is too small.
         FoldwiseError: If the folds leave nothing to train on, or weights do not fit.
     """
-    for fold, seed in units:
-        try:
-            yield _run_unit(
-                spec, table, classes, metric, fold, seed, folder_of(fold, seed), runtime, emit, start_weights, new_head
-            )
-        except RuntimeError as error:
-            # On the CPU it is a plain RuntimeError, known by its words alone.
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            half = max(1, spec.train.batch_size // 2)
-            raise DeviceError(
-                f"out of memory on {runtime.device} in fold {fold}: batches of {spec.train.batch_size} images at "
-                f"{spec.model.image_size} px are too much for `{spec.model.arch}`\n"
-                f'  fix: SET="train.batch_size={half} train.accumulate={2 * spec.train.accumulate}" trains the same '
-                "way in less memory; see docs/TROUBLESHOOTING.md"
-            ) from error
+    try:
+        return _train_unit(spec, table, classes, metric, fold, seed, folder, runtime, emit, start_weights, new_head)
+    except RuntimeError as error:
+        # On the CPU it is a plain RuntimeError, known by its words alone.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        half = max(1, spec.train.batch_size // 2)
+        raise DeviceError(
+            f"out of memory on {runtime.device} in fold {fold}: batches of {spec.train.batch_size} images at "
+            f"{spec.model.image_size} px are too much for `{spec.model.arch}`\n"
+            f'  fix: SET="train.batch_size={half} train.accumulate={2 * spec.train.accumulate}" trains the same '
+            "way in less memory; see docs/TROUBLESHOOTING.md"
+        ) from error
 
 
-def _run_unit(
+def _train_unit(
     spec: ExperimentSpec,
     table: Table,
     classes: Sequence[str],

@@ -6,21 +6,18 @@ Only here do cross-validation, the store and the followers of a run meet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foldwise.data.competition import load_dataset
-from foldwise.data.folds import Folds
-from foldwise.errors import FoldwiseError
 from foldwise.learn.device import pick_runtime
-from foldwise.metrics import METRICS, confusion_matrix, per_class_table
-from foldwise.records.store import Context, RunFolder, Unit, load_run, rows_of, shown
-from foldwise.runs.crossval import Table, make_table, relabelled, run_units, smoke_table
+from foldwise.metrics import confusion_matrix, per_class_table
+from foldwise.records.store import RunFolder, Unit, load_run, rows_of, shown
 from foldwise.runs.events import Event, Listener, Message, RunDone, RunStarted, UnitDone
+from foldwise.runs.executors import Job, make_executor, units_of
+from foldwise.runs.plan import Plan, make_plan
 from foldwise.runs.provenance import command_line, git_state, versions
-from foldwise.runs.starting import starting_point
-from foldwise.spec.load import spec_yaml
 from foldwise.spec.model import ExperimentSpec, resolved
 
 
@@ -33,12 +30,18 @@ class Options:
         smoke: One epoch on 64 images in two folds, kept apart from real runs.
         fresh: Delete what is there and begin anew.
         device: `cpu`, `cuda`, `mps` or None for the best there is.
+        split: Which split of folds.csv, from 0; the caller names the run after it.
+        on: Name of the executor: `local`, `processes` or `ray`.
+        workers: Units at a time; None for what there is room for.
     """
 
     folds: tuple[int, ...] | None = None
     smoke: bool = False
     fresh: bool = False
     device: str | None = None
+    split: int = 0
+    on: str = "local"
+    workers: int | None = None
 
 
 def run_experiment(
@@ -64,28 +67,11 @@ def run_experiment(
     Raises:
         FoldwiseError: For whatever the user can mend; what was finished before is kept.
     """
-    data = load_dataset(root, spec.competition)
-    table, classes = relabelled(make_table(data), data.competition.classes, spec.label_map)
-    path = root / "oof" / spec.name
-    if options.smoke:
-        spec, table, path = _smoke_spec(spec), smoke_table(table, spec.seeds[0]), root / "oof" / ".smoke" / spec.name
-    start = starting_point(root, spec.model, data)
+    plan = make_plan(root, spec, split=options.split, smoke=options.smoke)
+    given, spec = spec, plan.spec
     runtime = pick_runtime(options.device, spec.train.precision, spec.train.threads)
-    metric = METRICS[data.competition.metric]
-    folds = _folds_of(table) if options.smoke else data.folds
-    units = _units(table, spec, None)
-    wanted = _units(table, spec, options.folds)
-    context = Context(
-        competition=spec.competition,
-        classes=classes,
-        split=data.competition.split.model_dump(mode="json"),
-        folds_sha256=folds.sha256,
-        inputs_sha256=data.sha256,
-        smoke=options.smoke,
-        start_sha256=None if start is None else start.sha256,
-    )
-    fresh = options.fresh or options.smoke
-    with RunFolder.open(path, spec=resolved(spec), spec_yaml=spec_yaml(spec), context=context, fresh=fresh) as folder:
+    units, wanted = plan.units(), plan.units(options.folds)
+    with plan.open(fresh=options.fresh or options.smoke) as folder:
         listeners = [screen]
 
         def emit(event: Event) -> None:
@@ -95,9 +81,9 @@ def run_experiment(
         try:
             if (record := folder.record) is not None:
                 emit(Message(f"{spec.name} is complete and kept; FRESH=1 (--fresh) redoes it"))
-                emit(_done(path, record))
+                emit(_done(plan.path, record))
                 return record
-            listeners.extend(follow(path))
+            listeners.extend(follow(plan.path))
             kept = {unit: found for unit in units if (found := folder.finished(*unit)) is not None}
             emit(
                 RunStarted(
@@ -105,9 +91,9 @@ def run_experiment(
                     competition=spec.competition,
                     attempt=str(folder.attempt),
                     spec=resolved(spec),
-                    metric=metric.name,
+                    metric=plan.metric.name,
                     units=tuple(wanted),
-                    finished=tuple(_unit_done(kept[unit]) for unit in wanted if unit in kept),
+                    finished=tuple(unit_done(kept[unit]) for unit in wanted if unit in kept),
                     epochs=spec.train.epochs,
                     device=str(runtime),
                     smoke=options.smoke,
@@ -115,81 +101,87 @@ def run_experiment(
             )
             for note in folder.notes:
                 emit(Message(note))
-            trained = run_units(
-                spec,
-                table,
-                classes,
-                metric.name,
-                [unit for unit in wanted if unit not in kept],
-                folder_of=folder.unit_path,
-                runtime=runtime,
-                emit=emit,
-                start_weights=None if start is None else start.weights_of,
-                new_head=start is not None and start.classes != classes,
-            )
-            for unit in trained:
-                folder.save_unit(unit)
-                kept[unit.fold, unit.seed] = unit
-                emit(_unit_done(unit))
+            with closing(
+                make_executor(
+                    options.on,
+                    lambda _job, event: emit(event),
+                    threads=runtime.threads,
+                    device=options.device,
+                    workers=options.workers,
+                )
+            ) as executor:
+                jobs = [
+                    Job(
+                        root,
+                        given,
+                        *unit,
+                        folder.unit_path(*unit),
+                        runtime.threads,
+                        options.device,
+                        options.split,
+                        options.smoke,
+                    )
+                    for unit in wanted
+                    if unit not in kept
+                ]
+                for unit in units_of(executor, jobs):
+                    folder.save_unit(unit)
+                    kept[unit.fold, unit.seed] = unit
+                    emit(unit_done(unit))
             if left := [unit for unit in units if unit not in kept]:
                 names = ", ".join(str(fold) for fold in sorted({fold for fold, _ in left}))
                 emit(Message(f"{len(kept)} of {len(units)} units are kept; still to run: folds {names}"))
                 return None
-            marks = [*spec.marks, *(start.marks if start else [])]
-            record = folder.complete(
-                units,
-                folds=folds,
-                labels=table.labels[rows_of(table.ids, folds.ids)],
-                metric=metric,
-                sources=data.source[rows_of(data.ids, folds.ids)] if data.competition.sources else None,
-                info={
-                    "score_without_tta": _without_tta(list(kept.values())),
-                    "parameters": next(iter(kept.values())).info["parameters"],
-                    "tta": list(spec.tta),
-                    "label_map": spec.label_map,
-                    "git": git_state(root),
-                    "versions": versions(),
-                    "command": command_line(),
-                    "tracker": next((url for item in listeners if (url := getattr(item, "url", None))), None),
-                    "external": start.external if start else [],
-                    "marks": list(dict.fromkeys(marks)),
-                },
-            )
-            emit(_done(path, record))
+            tracker = next((url for item in listeners if (url := getattr(item, "url", None))), None)
+            record = seal(plan, folder, [kept[unit] for unit in units], tracker=tracker)
+            emit(_done(plan.path, record))
             return record
         finally:
             for listener in listeners:
                 listener.close()
 
 
-def _units(table: Table, spec: ExperimentSpec, folds: tuple[int, ...] | None) -> list[tuple[int, int]]:
-    unknown = sorted(set(folds or ()) - set(table.folds))
-    if unknown:
-        raise FoldwiseError(
-            f"there is no fold {unknown[0]}: `{spec.competition}` has folds {', '.join(map(str, table.folds))}\n"
-            "  fix: FOLDS=0,1"
-        )
-    return [(fold, seed) for fold in table.folds if folds is None or fold in folds for seed in spec.seeds]
+def seal(plan: Plan, folder: RunFolder, kept: Sequence[Unit], *, tracker: str | None = None) -> dict[str, Any]:
+    """Complete a run whose units are all kept, noting where it comes from.
 
+    Args:
+        plan: The run.
+        folder: Its folder, open.
+        kept: Its units.
+        tracker: The page of a tracker that followed it.
 
-def _smoke_spec(spec: ExperimentSpec) -> ExperimentSpec:
-    """The same experiment for one epoch, so that every part of it is seen to work."""
-    return spec.model_copy(
-        update={
-            "seeds": spec.seeds[:1],
-            "train": spec.train.model_copy(update={"epochs": 1, "freeze_backbone_epochs": 0}),
-            "schedule": spec.schedule.model_copy(update={"warmup_epochs": 0.0}),
-            "mix": spec.mix.model_copy(update={"off_epochs": 0}),
-        }
+    Returns:
+        The content of `run.json`.
+
+    Raises:
+        RecordError: If a unit is not kept, or does not fit the folds.
+    """
+    spec, data, start = plan.spec, plan.data, plan.start
+    tuned = ["tuned"] if spec.tuned is not None and spec.tuned.folds_sha256 == plan.folds.sha256 else []
+    marks = [*spec.marks, *(start.marks if start else []), *tuned]
+    return folder.complete(
+        plan.units(),
+        folds=plan.folds,
+        labels=plan.table.labels[rows_of(plan.table.ids, plan.folds.ids)],
+        metric=plan.metric,
+        sources=data.source[rows_of(data.ids, plan.folds.ids)] if data.competition.sources else None,
+        info={
+            "score_without_tta": _without_tta(kept),
+            "parameters": kept[0].info["parameters"],
+            "tta": list(spec.tta),
+            "label_map": spec.label_map,
+            "git": git_state(plan.root),
+            "versions": versions(),
+            "command": command_line(),
+            "tracker": tracker,
+            "external": start.external if start else [],
+            "marks": list(dict.fromkeys(marks)),
+        },
     )
 
 
-def _folds_of(table: Table) -> Folds:
-    labelled = table.labels >= 0
-    return Folds(table.ids[labelled], table.fold[labelled], table.group[labelled])
-
-
-def _unit_done(unit: Unit) -> UnitDone:
+def unit_done(unit: Unit) -> UnitDone:
+    """The event that tells of a kept unit."""
     info = unit.info
     return UnitDone(unit.fold, unit.seed, info["score"], info["standard_error"], info["wall_s"])
 

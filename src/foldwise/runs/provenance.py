@@ -6,6 +6,7 @@ All of it goes into `run.json`; none of it changes a result.
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -37,8 +38,15 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that was given, as one would type it."""
-    return " ".join(["python", Path(sys.argv[0]).name, *(_quoted(word) for word in sys.argv[1:])])
+    """The command that was given, as one would type it, without passwords."""
+    typed = " ".join(["python", Path(sys.argv[0]).name, *(_quoted(word) for word in sys.argv[1:])])
+    return without_password(typed)
+
+
+def without_password(url: str) -> str:
+    """A storage's URL, or a text with it, as it may be shown and kept."""
+    hidden = re.sub(r"(://[^\s:/@]*):\S*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", hidden)
 
 
 def _quoted(word: str) -> str:
