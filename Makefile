@@ -11,6 +11,10 @@ EXP    ?=
 SET    ?=
 NAME   ?=
 FOLDS  ?=
+SPLIT  ?=
+TRIALS ?=
+WORKERS ?=
+REPLAY ?=
 SMOKE  ?=
 FRESH  ?=
 FROM   ?=
@@ -24,12 +28,12 @@ REPO   ?=
 PRIVATE ?=
 LICENSE ?=
 N      ?=
-export DEVICE TRACK WANDB_PROJECT
+export DEVICE TRACK WANDB_PROJECT STORAGE RAY_ADDRESS
 
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data check exp report plot explain eval publish submit test lint bench clean
+.PHONY: help setup demo data check exp tune report plot explain eval publish submit test lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,9 +57,14 @@ data: $(READY)  ## take in a competition's files, in any usual form: COMP=aspicv
 check: $(READY)  ## say everything that is wrong with experiment files: [EXP=<name>] [SET="a.b=v"]
 	@$(RUN) check $(EXP) $(if $(SET),--set '$(SET)') $(if $(NAME),--name $(NAME))
 
-exp: $(READY)  ## train an experiment, or go on: EXP=<name|all> [SET="a.b=v c=w" NAME=] [FOLDS=0,1] [SMOKE=1] [FRESH=1]
+exp: $(READY)  ## train an experiment, or go on: EXP=<name|all> [SET="a.b=v c=w" NAME=] [FOLDS=0,1] [SPLIT=1] [ON=processes|ray] [SMOKE=1] [FRESH=1]
 	@$(if $(EXP),,$(error say which: make exp EXP=baseline_cnn))$(RUN) exp $(EXP) $(if $(SET),--set '$(SET)') $(if $(NAME),--name $(NAME)) \
-	  $(if $(FOLDS),--folds $(FOLDS)) $(if $(SMOKE),--smoke) $(if $(FRESH),--fresh)
+	  $(if $(FOLDS),--folds $(FOLDS)) $(if $(SPLIT),--split $(SPLIT)) $(if $(SMOKE),--smoke) $(if $(FRESH),--fresh) \
+	  $(if $(ON),--on $(ON)) $(if $(WORKERS),--workers $(WORKERS))
+
+tune: $(READY)  ## search an experiment's `tune.space`, or go on: EXP=<name> [TRIALS=30] [ON=processes|ray] [STORAGE=<url>] [REPLAY=1] [FRESH=1]
+	@$(if $(EXP),,$(error say which: make tune EXP=baseline_cnn))$(RUN) tune $(EXP) $(if $(SET),--set '$(SET)') $(if $(NAME),--name $(NAME)) \
+	  $(if $(TRIALS),--trials $(TRIALS)) $(if $(ON),--on $(ON)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(REPLAY),--replay) $(if $(FRESH),--fresh)
 
 report: $(READY)  ## draw the report of a kept run anew, into oof/<exp>/report/: EXP=<name>
 	@$(if $(EXP),,$(error say which: make report EXP=baseline_cnn))$(RUN) report $(EXP)

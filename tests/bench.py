@@ -11,11 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from foldwise.data.demo import draw_demo
+from foldwise.data.ingest import ingest
 from foldwise.learn.augment import Augment, Batches
 from foldwise.learn.device import make_deterministic, pick_runtime
 from foldwise.learn.fit import fit
@@ -23,7 +26,8 @@ from foldwise.learn.models import build_model, place, to_input
 from foldwise.learn.objectives import Supervised, soft_target_loss
 from foldwise.metrics import METRICS
 from foldwise.records.ensemble import _caruana
-from foldwise.spec.model import LossSpec, MixSpec, ModelSpec, OptimSpec, ScheduleSpec, TrainSpec
+from foldwise.runs.executors import Job, make_executor, units_of
+from foldwise.spec.model import ExperimentSpec, LossSpec, MixSpec, ModelSpec, OptimSpec, ScheduleSpec, TrainSpec
 
 REPEATS = 5
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +43,7 @@ def main() -> None:
     for arch, batch in (("cnn_3block", 64), ("vit_small_patch8_48", 64)):
         _report(f"an epoch of fit / its bare arithmetic, {arch}", [_epoch_ratio(arch, batch) for _ in range(REPEATS)])
     _report("`run.py check` / python that imports pydantic", [_check_ratio() for _ in range(REPEATS)])
+    _report("four units of a thread, one process / two", _workers_ratios())
     _report("greedy blend of 200 runs / one pass over their predictions", [_blend_ratio() for _ in range(REPEATS)])
 
 
@@ -102,6 +107,35 @@ def _check_ratio() -> float:
         return _seconds(lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True))
 
     return python("run.py", "check") / python("-c", "import pydantic")
+
+
+def _workers_ratios() -> list[float]:
+    """Whole units on one core against two, once the processes are there: 2 where the second costs the first nothing."""
+    spec = ExperimentSpec.model_validate(
+        {
+            "name": "bench",
+            "competition": "demo",
+            "model": {"arch": "cnn_3block", "image_size": 48},
+            "optim": {"lr": 1e-3},
+            "train": {"epochs": 1, "batch_size": 32, "threads": 1},
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        draw_demo(root / "handout", train=120, test=10)
+        ingest(root / "handout", root, "demo")
+        fresh = iter(root / "oof" / "bench" / str(number) / "seed0" for number in range(1000))
+
+        def four_units(workers: int) -> Callable[[], object]:
+            executor = stack.enter_context(
+                closing(make_executor("processes", lambda *_: None, threads=1, device="cpu", workers=workers))
+            )
+            return lambda: list(units_of(executor, [Job(root, spec, k, 0, next(fresh), 1, "cpu") for k in range(4)]))
+
+        with ExitStack() as stack:
+            one, two = four_units(1), four_units(2)
+            one(), two()
+            return [_seconds(one) / _seconds(two) for _ in range(REPEATS)]
 
 
 def _blend_ratio() -> float:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from foldwise.errors import FoldwiseError
 
@@ -74,13 +74,32 @@ def _parser() -> argparse.ArgumentParser:
     exp.add_argument("experiment", metavar="EXP", help="a name under experiments/, or `all`")
     _add_overrides(exp)
     exp.add_argument("--folds", type=_integers, help="only these folds now, e.g. 0,1")
+    exp.add_argument(
+        "--split",
+        type=int,
+        default=0,
+        help="which split of folds.csv; 1 confirms what was chosen on 0, as <exp>.split1",
+    )
     exp.add_argument("--smoke", action="store_true", help="2 folds, 1 epoch, 64 images: see that it runs")
     exp.add_argument("--fresh", action="store_true", help="delete the run that is there, and begin anew")
-    exp.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
-    exp.add_argument(
-        "--track", default=os.environ.get("TRACK") or "wandb", help="wandb, tensorboard, both by comma, or none"
+    _add_where(exp)
+
+    tuned = command(
+        "tune", _tune, "search an experiment's `tune.space`, or go on; ends with experiments/<exp>_tuned.yaml"
     )
-    exp.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "foldwise", help="the W&B project")
+    tuned.add_argument("experiment", metavar="EXP", help="a name under experiments/, with a `tune` section")
+    _add_overrides(tuned)
+    tuned.add_argument("--trials", type=int, help="distinct parameter sets in all (default: the spec's)")
+    tuned.add_argument(
+        "--storage",
+        default=os.environ.get("STORAGE") or None,
+        help="journal:<file>, or a database's URL (default: $STORAGE, else SQLite in oof/<exp>/tune/)",
+    )
+    tuned.add_argument("--fresh", action="store_true", help="delete the study that is there, and begin anew")
+    tuned.add_argument(
+        "--replay", action="store_true", help="train nothing: what would pruning have saved in the kept study, and lost"
+    )
+    _add_where(tuned)
 
     submit = command("submit", _submit, "blend the kept runs and write the submission")
     submit.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
@@ -137,6 +156,16 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the changed experiment (default: its name and a hash)")
 
 
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
+    parser.add_argument("--on", default="local", help="local (default), processes, or ray (a cluster by $RAY_ADDRESS)")
+    parser.add_argument("--workers", type=int, help="processes: folds at a time (default: what cores or GPUs allow)")
+    parser.add_argument(
+        "--track", default=os.environ.get("TRACK") or "wandb", help="wandb, tensorboard, both by comma, or none"
+    )
+    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "foldwise", help="the W&B project")
+
+
 def _integers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
@@ -149,11 +178,13 @@ def _say(*lines: str) -> None:
         print(line, flush=True)  # noqa: T201
 
 
-def _load(root: Path, name: str, options: argparse.Namespace) -> ExperimentSpec:
+def _load(root: Path, name: str, options: argparse.Namespace, *, tuning: bool = False) -> ExperimentSpec:
     from foldwise.spec.load import load_experiment, split_overrides
 
     overrides = [override for text in options.overrides for override in split_overrides(text)]
-    return load_experiment(_experiment_file(root, name), overrides=overrides, name=options.name, root=root)
+    return load_experiment(
+        _experiment_file(root, name), overrides=overrides, name=options.name, root=root, tuning=tuning
+    )
 
 
 def _experiment_file(root: Path, name: str) -> Path:
@@ -228,40 +259,87 @@ def _exp(root: Path, options: argparse.Namespace) -> int:
     return max(failed.values(), default=0)
 
 
+class _Followers:
+    """The log and the trackers of a run or a study, made once its folder is open; their notes are said once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._trackers = [] if options.track == "none" else options.track.split(",")
+        if unknown := set(self._trackers) - {"wandb", "tensorboard"}:
+            raise FoldwiseError(
+                f"unknown tracker `{min(unknown)}`\n  fix: --track wandb, tensorboard, wandb,tensorboard or none"
+            )
+        self._project = options.project
+        self._made: list[Any] = []
+        self._said: list[str] = []
+
+    def __call__(self, path: Path) -> list[Listener]:
+        from foldwise.runs.tracking import tensorboard_tracker, wandb_tracker
+        from foldwise.show.progress import log_listener
+
+        listeners: list[Listener] = [log_listener(path / "run.log")]
+        if "tensorboard" in self._trackers:  # first, since it may refuse
+            self._made.append(tensorboard_tracker(path))
+        if "wandb" in self._trackers and (tracker := wandb_tracker(path, self._project)) is not None:
+            self._made.append(tracker)
+        self._tell()
+        return [*listeners, *self._made]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._tell()
+
+    def _tell(self) -> None:
+        for note in [note for follower in self._made for note in follower.notes if note not in self._said]:
+            self._said.append(note)
+            _say(note)
+
+
+def _tune(root: Path, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from foldwise.runs.tune import TuneOptions, tune
+    from foldwise.show.tuning import tuning_listener, write_plots
+
+    spec = _load(root, options.experiment, options, tuning=True)
+    if options.replay:
+        from foldwise.runs.replay import replay_study
+
+        _say(*replay_study(root, spec.competition, root / "oof" / spec.name / "tune"))
+        return 0
+    device = options.device or os.environ.get("DEVICE") or None
+    call = TuneOptions(options.trials, options.storage, options.on, options.workers, device, options.fresh)
+    with _Followers(options) as followers:
+        screen = tuning_listener(Console(highlight=False))
+        info = tune(
+            root,
+            spec,
+            call,
+            screen=screen,
+            follow=followers,
+            plots=lambda study, path, metric: write_plots(study, path, metric=metric),
+        )
+    if info is not None and info["tuned"] is not None:
+        _draw_report(root, root / "oof" / info["tuned"])
+    return 0
+
+
 def _run(root: Path, spec: ExperimentSpec, options: argparse.Namespace) -> dict[str, Any] | None:
     from rich.console import Console
 
     from foldwise.runs.experiment import Options, run_experiment
-    from foldwise.runs.tracking import tensorboard_tracker, wandb_tracker
-    from foldwise.show.progress import log_listener, progress_listener
+    from foldwise.show.progress import progress_listener
 
-    trackers = [] if options.track == "none" else options.track.split(",")
-    if unknown := set(trackers) - {"wandb", "tensorboard"}:
-        raise FoldwiseError(
-            f"unknown tracker `{min(unknown)}`\n  fix: --track wandb, tensorboard, wandb,tensorboard or none"
-        )
-    notes: list[str] = []
-    followers: list[Any] = []
-
-    def follow(path: Path) -> list[Listener]:
-        listeners: list[Listener] = [log_listener(path / "run.log")]
-        if "tensorboard" in trackers:  # first, since it may refuse
-            followers.append(tensorboard_tracker(path))
-        if "wandb" in trackers and (tracker := wandb_tracker(path, options.project)) is not None:
-            followers.append(tracker)
-        for follower in followers:
-            notes.extend(follower.notes)
-            _say(*follower.notes)
-        return [*listeners, *followers]
-
-    call = Options(options.folds, options.smoke, options.fresh, options.device or os.environ.get("DEVICE") or None)
+    followers = _Followers(options)
+    if options.split:
+        spec = spec.model_copy(update={"name": f"{spec.name}.split{options.split}"})
+    device = options.device or os.environ.get("DEVICE") or None
+    call = Options(options.folds, options.smoke, options.fresh, device, options.split, options.on, options.workers)
     complete = root / "oof" / spec.name / "run.json"
     before = complete.exists() and not options.fresh
-    try:
-        record = run_experiment(root, spec, call, screen=progress_listener(Console(highlight=False)), follow=follow)
-    finally:
-        for follower in followers:
-            _say(*(note for note in follower.notes if note not in notes))
+    with followers:
+        record = run_experiment(root, spec, call, screen=progress_listener(Console(highlight=False)), follow=followers)
     if record is not None and not before and not options.smoke:
         _draw_report(root, root / "oof" / spec.name)
     return record

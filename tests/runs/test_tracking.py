@@ -26,10 +26,15 @@ from foldwise.runs.events import (
     RunDone,
     RunStarted,
     StepDone,
+    TrialDone,
+    TrialEvent,
+    TrialStarted,
+    TuneDone,
+    TuneStarted,
     UnitDone,
     UnitStarted,
 )
-from foldwise.runs.tracker_process import run_id
+from foldwise.runs.tracker_process import run_id, study_id
 from foldwise.runs.tracking import WandbTracker, tensorboard_tracker, wandb_tracker
 
 WANDB = Path(sys.executable).with_name("wandb")
@@ -235,6 +240,127 @@ def test_resumed_pieces_share_an_id_and_another_attempt_does_not(tmp_path: Path)
     assert by_epochs[name, (2,)] == [0]
     assert by_epochs[name, (1,)] == [1], "a unit that did not end is marked as failed"
     assert len({run["run_id"] for run in runs}) == 2
+
+
+OWN = {"optim.lr": 0.002, "augment": [{"HorizontalFlip": {"p": 0.5}}]}
+OTHER = {"optim.lr": 0.0003, "augment": []}
+
+
+def study_started(attempt: str = "first", trials: int = 3, finished: tuple[TrialDone, ...] = ()) -> TuneStarted:
+    return TuneStarted(
+        "vit",
+        "aspicv",
+        "accuracy",
+        True,
+        trials,
+        finished,
+        (0, 1),
+        3,
+        "cpu",
+        "this process",
+        "tpe",
+        {"optim.lr": {"low": 1e-5, "high": 1e-2, "log": True}},
+        OWN,
+        SPEC | {"tune": {"trials": trials}},
+        attempt,
+    )
+
+
+def whole_trial(number: int, parameters: dict[str, Any], state: Any = "complete", folds: int = 2) -> Iterator[Event]:
+    yield TrialStarted(number, parameters, (0, 1), 3)
+    for fold in reversed(range(folds)):
+        for event in whole_unit(fold):
+            assert isinstance(event, UnitStarted | StepDone | EpochDone | UnitDone)
+            yield TrialEvent(number, "search", event)
+    scores = {fold: 0.5 + fold / 10 for fold in range(folds)}
+    yield TrialDone(number, state, parameters, scores, 0.55, 0.02, 8.0, reason="" if folds == 2 else "far behind")
+
+
+@pytest.mark.slow
+def test_a_study_is_a_group_of_trials_and_a_summary(tmp_path: Path) -> None:
+    (tmp_path / "trials.csv").write_text("number\n")
+    tracker = wandb_tracker(tmp_path, "faces")
+    info = {"best": {"number": 1, "parameters": OTHER, "score": 0.6}, "corrected": {"score": 0.57}, "tuned": None}
+    late = TrialEvent(1, "search", UnitDone(1, 42, 0.9, 0.1, 1.0))
+    follow(
+        tracker,
+        study_started(finished=(TrialDone(7, "complete", OWN, {0: 0.4}, 0.4, None, 1.0),)),
+        TrialStarted(0, OWN, (0, 1), 3),
+        *whole_trial(1, OTHER, "pruned", folds=1),
+        late,
+        TrialDone(2, "duplicate", OTHER, {0: 0.5}, 0.55, 0.02, 0.0),
+        *whole_trial(0, OWN),
+        TrialStarted(1, OTHER, (0, 1), 9, "full"),
+        TrialDone(1, "complete", OTHER, {0: 0.6, 1: 0.7}, 0.65, 0.02, 9.0, "full"),
+        TrialDone(3, "failed", {"optim.lr": 9.0}, {}, None, None, 0.0, reason="the loss is nan"),
+        TuneDone(info, str(tmp_path), ("tuned",)),
+    )
+    assert tracker is not None
+    assert len(tracker.notes) == 1, "offline, and nothing else"
+    runs = {run["name"]: run for run in kept_runs(tmp_path)}
+    assert sorted(runs) == ["trial 0", "trial 1", "trial 1 in full", "trial 3", "vit tune"]
+    assert {run["run_group"] for run in runs.values()} == {"vit-tune"}
+    assert len({run["run_id"] for run in runs.values()}) == 5
+
+    trial = runs["trial 0"]
+    assert (trial["job_type"], trial["tags"], trial["exit_code"]) == ("search", ["aspicv", "tpe"], [0])
+    assert trial["config"]["optim.lr"] == 0.002
+    assert [(row["fold"], row["_step"], row["fold_score"]) for row in trial["history"]] == [(0, 0, 0.5), (1, 1, 0.6)]
+    expected = {"score": 0.55, "standard_error": 0.02, "state": "complete", "wall_s": 8.0, "stage": "search"}
+    assert expected.items() <= trial["summary"].items()
+    assert trial["summary"]["fold1-seed42"] == 0.6, "each unit's score is there as soon as it is known"
+    assert {"glob_name": "*", "options": {"defined": True, "step_sync": True}, "step_metric": "fold"} in trial[
+        "metrics"
+    ]
+
+    pruned = runs["trial 1"]
+    assert {"state": "pruned", "reason": "far behind"}.items() <= pruned["summary"].items()
+    assert [row["fold_score"] for row in pruned["history"]] == [0.5]
+    assert (pruned["exit_code"], runs["trial 3"]["exit_code"]) == ([0], [1])
+    assert runs["trial 1 in full"]["job_type"] == "full"
+
+    summary = runs["vit tune"]
+    assert {"best.score": 0.6, "best.parameters.optim.lr": 0.0003, "corrected.score": 0.57}.items() <= summary[
+        "summary"
+    ].items()
+    assert "tuned" not in summary["summary"]
+    assert (summary["summary"]["trials.nrows"], summary["summary"]["trials.ncols"]) == (6, 9)
+    assert "vit-tune" in summary["artifacts"]
+    assert summary["config"]["space.optim.lr.high"] == 0.01
+
+
+@pytest.mark.slow
+def test_a_trial_tried_again_is_the_same_run_also_when_more_trials_are_wanted(tmp_path: Path) -> None:
+    follow(wandb_tracker(tmp_path, "faces"), study_started(), *list(whole_trial(0, OWN))[:-1])
+    finished = (TrialDone(1, "complete", OTHER, {0: 0.4}, 0.4, None, 1.0),)
+    follow(
+        wandb_tracker(tmp_path, "faces"),
+        study_started(trials=9, finished=finished),
+        TrialStarted(2, OWN, (0, 1), 3, retry_of=0),
+        *list(whole_trial(2, OWN))[1:],
+    )
+    follow(wandb_tracker(tmp_path, "faces"), study_started("second"), *whole_trial(0, OWN))
+    pieces = [(run["run_id"], run["name"], run["exit_code"], len(run["history"])) for run in kept_runs(tmp_path)]
+    assert len(pieces) == 3, "a trial of an earlier call is not sent again"
+    ((first, *cut), (again, *whole), (other, *_)) = sorted(
+        pieces, key=lambda piece: (piece[2] != [1], piece[1] != "trial 2")
+    )
+    assert first == again != other
+    assert (cut, whole) == (["trial 0", [1], 0], ["trial 2", [0], 2])
+
+
+def test_ids_of_a_study_differ_by_project_experiment_attempt_and_trial_but_not_by_spec() -> None:
+    base = {"experiment": "vit", "spec": SPEC, "attempt": "first"}
+    ids = {
+        study_id("p", base, "summary"),
+        study_id("p", base, "x"),
+        study_id("q", base, "summary"),
+        study_id("p", base | {"attempt": "second"}, "summary"),
+        study_id("p", base | {"experiment": "x"}, "summary"),
+        run_id("p", base, "summary"),
+    }
+    assert len(ids) == 6
+    assert study_id("p", base | {"spec": {}}, "summary") in ids
 
 
 @pytest.mark.slow

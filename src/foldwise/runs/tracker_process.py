@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,11 +19,30 @@ import wandb
 
 from foldwise.files import sha256_json
 from foldwise.spec.load import flatten
+from foldwise.spec.yaml import flow_text
 
 # W&B refuses a longer tag.
 TAG_LENGTH = 64
 
-Unit = tuple[int, int]
+Trial = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a W&B run is opened as.
+
+    Attributes:
+        id: The same for the pieces of a resumed one.
+        step_metric: The figure that its curves are drawn over; None where it has no curves.
+    """
+
+    id: str
+    name: str
+    group: str
+    job_type: str
+    config: Mapping[str, Any]
+    tags: Sequence[str | None]
+    step_metric: str | None = None
 
 
 def run_id(project: str, started: Mapping[str, Any], unit: str) -> str:
@@ -39,8 +59,22 @@ def run_id(project: str, started: Mapping[str, Any], unit: str) -> str:
     return sha256_json([project, started["experiment"], started["spec"], started["attempt"], unit])[:20]
 
 
+def study_id(project: str, started: Mapping[str, Any], trial: str) -> str:
+    """Name a W&B run of a study as `run_id` does; more trials may be wanted of a resumed study, so not by its spec.
+
+    Args:
+        project: The W&B project.
+        started: The fields of the `TuneStarted` event.
+        trial: `summary`, or what tells a trial from the others, but not from itself when it is tried again.
+
+    Returns:
+        20 hexadecimal digits of a sha256.
+    """
+    return sha256_json([project, started["experiment"], "tune", started["attempt"], trial])[:20]
+
+
 class Follower:
-    """Turns the events of one experiment into W&B runs: one a unit and a summary, in one group.
+    """Turns the events of one experiment or study into W&B runs: one a unit or trial and a summary, in one group.
 
     Once W&B has not answered for `patience_s`, everything further is kept on disk.
     """
@@ -54,7 +88,9 @@ class Follower:
         self._project = project
         self._report = report
         self._started: dict[str, Any] = {}
-        self._open: dict[Unit | None, Any] = {}
+        self._open: dict[str, Any] = {}
+        self._trials: dict[Trial, dict[str, Any]] = {}
+        self._ended: list[Mapping[str, Any]] = []
 
     def take(self, message: Mapping[str, Any]) -> None:
         """Carry one event over to W&B."""
@@ -62,59 +98,107 @@ class Follower:
             case "RunStarted":
                 self._started = dict(message)
             case "UnitStarted":
-                self._run((message["fold"], message["seed"]))
+                self._run(self._unit_page(message))
             case "EpochDone":
                 self._log_epoch(message)
             case "UnitDone":
                 self._end_unit(message)
             case "RunDone":
                 self._summarise(message)
+            case "TuneStarted":
+                self._started, self._trials = dict(message), {}
+                self._ended = list(message["finished"])
+            case "TrialStarted":
+                self._trials[message["stage"], message["number"]] = dict(message)
+                self._run(self._trial_page(message))
+            case "TrialEvent":
+                self._note_unit(message)
+            case "TrialDone":
+                self._end_trial(message)
+            case "TuneDone":
+                self._summarise_study(message)
 
     def close(self) -> None:
-        """Mark as failed the runs of units that did not get to their end."""
+        """Mark as failed the runs of units and trials that did not get to their end."""
         while self._open:
             self._finish(next(iter(self._open)), exit_code=1)
 
-    def _run(self, key: Unit | None) -> Any:
-        run = self._open.get(key)
+    def _unit_page(self, message: Mapping[str, Any]) -> Page:
+        started, fold, seed = self._started, message["fold"], message["seed"]
+        several = len(started["spec"].get("seeds", ())) > 1
+        return self._run_page(
+            f"fold{fold}-seed{seed}",
+            f"{started['experiment']}/fold{fold}" + (f"-seed{seed}" if several else ""),
+            "unit",
+            {"fold": fold, "seed": seed},
+            "epoch",
+        )
+
+    def _run_page(
+        self, unit: str, name: str, job_type: str, more: Mapping[str, Any], step_metric: str | None = None
+    ) -> Page:
+        started = self._started
+        spec = flatten(started["spec"])
+        return Page(
+            run_id(self._project, started, unit),
+            name,
+            started["experiment"],
+            job_type,
+            {**spec, **more, "attempt": started["attempt"], "device": started["device"]},
+            [started["competition"], spec.get("model.arch"), "smoke" if started["smoke"] else None],
+            step_metric,
+        )
+
+    def _trial_page(self, trial: Mapping[str, Any]) -> Page:
+        stage, number = trial["stage"], trial["number"]
+        names = {"search": f"trial {number}", "seeds": "own values, other seeds", "full": f"trial {number} in full"}
+        # By its parameters: a trial that was interrupted is tried again under another number.
+        told = sha256_json([stage, trial["parameters"]])
+        return self._study_page(told, names[stage], stage, trial["parameters"], "fold")
+
+    def _study_page(
+        self, trial: str, name: str, job_type: str, config: Mapping[str, Any], step_metric: str | None = None
+    ) -> Page:
+        started = self._started
+        about = {name: started[name] for name in ("attempt", "device", "executor", "sampler", "epochs")}
+        return Page(
+            study_id(self._project, started, trial),
+            name,
+            f"{started['experiment']}-tune",
+            job_type,
+            {**about, **config},
+            [started["competition"], started["sampler"]],
+            step_metric,
+        )
+
+    def _run(self, page: Page) -> Any:
+        run = self._open.get(page.id)
         if run is None:
-            run = self._open[key] = self._init(key)
+            run = self._open[page.id] = self._init(page)
         return run
 
-    def _init(self, key: Unit | None) -> Any:
+    def _init(self, page: Page) -> Any:
         if self._online:
             try:
-                run = self._init_once(key)
+                run = self._init_once(page)
             except Exception as error:
                 traceback.print_exc()
                 self._go_offline(error)
             else:
-                self._report("url", f"{run.project_url}/groups/{quote(self._started['experiment'], safe='')}")
+                self._report("url", f"{run.project_url}/groups/{quote(page.group, safe='')}")
                 return run
-        return self._init_once(key)
+        return self._init_once(page)
 
-    def _init_once(self, key: Unit | None) -> Any:
-        started = self._started
-        experiment = started["experiment"]
-        spec = flatten(started["spec"])
-        if key is None:
-            unit, name, job_type = "summary", experiment, "summary"
-        else:
-            fold, seed = key
-            several = len(started["spec"].get("seeds", ())) > 1
-            unit, job_type = f"fold{fold}-seed{seed}", "unit"
-            name = f"{experiment}/fold{fold}" + (f"-seed{seed}" if several else "")
-            spec |= {"fold": fold, "seed": seed}
-        tags = [started["competition"], spec.get("model.arch"), "smoke" if started["smoke"] else None]
+    def _init_once(self, page: Page) -> Any:
         run = wandb.init(
             project=self._project,
-            group=experiment,
-            name=name,
-            job_type=job_type,
-            id=run_id(self._project, started, unit),
+            group=page.group,
+            name=page.name,
+            job_type=page.job_type,
+            id=page.id,
             resume="allow",
-            config=spec | {"attempt": started["attempt"], "device": started["device"]},
-            tags=[tag[:TAG_LENGTH] for tag in tags if tag],
+            config=dict(page.config),
+            tags=[tag[:TAG_LENGTH] for tag in page.tags if tag],
             dir=str(self._folder),
             mode="online" if self._online else "offline",
             reinit="create_new",
@@ -136,9 +220,9 @@ class Follower:
                 x_save_requirements=False,
             ),
         )
-        if key is not None:
-            run.define_metric("epoch")
-            run.define_metric("*", step_metric="epoch")
+        if page.step_metric is not None:
+            run.define_metric(page.step_metric)
+            run.define_metric("*", step_metric=page.step_metric)
         return run
 
     def _go_offline(self, reason: Exception) -> None:
@@ -149,27 +233,72 @@ class Follower:
         self._open.clear()
         wandb.teardown()
 
-    def _finish(self, key: Unit | None, exit_code: int) -> None:
-        run = self._open.pop(key)
+    def _finish(self, name: str, exit_code: int) -> None:
+        run = self._open.pop(name)
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError as error:
             self._go_offline(error)
 
     def _log_epoch(self, message: Mapping[str, Any]) -> None:
-        run = self._run((message["fold"], message["seed"]))
+        run = self._run(self._unit_page(message))
         figures = {name: value for name, value in message["row"].items() if name not in ("fold", "seed")}
         # W&B joins the pieces of a resumed run by step, so the step has to be the epoch too.
         run.log(figures | {"epoch": message["epoch"]}, step=message["epoch"])
 
     def _end_unit(self, message: Mapping[str, Any]) -> None:
-        key = (message["fold"], message["seed"])
-        run = self._run(key)
+        page = self._unit_page(message)
+        run = self._run(page)
         run.summary.update({name: message[name] for name in ("score", "wall_s") if message[name] is not None})
-        self._finish(key, exit_code=0)
+        self._finish(page.id, exit_code=0)
+
+    def _note_unit(self, message: Mapping[str, Any]) -> None:
+        trial, unit = self._trials.get((message["stage"], message["number"])), message["event"]
+        if trial is None or unit["score"] is None:  # it ended already: a pruned one may have units under way
+            return
+        self._run(self._trial_page(trial)).summary.update({f"fold{unit['fold']}-seed{unit['seed']}": unit["score"]})
+
+    def _end_trial(self, message: Mapping[str, Any]) -> None:
+        self._ended.append(message)
+        trial = self._trials.pop((message["stage"], message["number"]), message)
+        if message["state"] == "duplicate":  # its run is that of the trial with the same parameters
+            return
+        page = self._trial_page(trial)
+        run = self._run(page)
+        run.config.update({"state": message["state"]}, allow_val_change=True)
+        # At the end and in order, as W&B's steps only go up: folds end in any order, and some in an earlier call.
+        for fold, score in sorted((int(fold), score) for fold, score in message["fold_scores"].items()):
+            run.log({"fold": fold, "fold_score": score}, step=fold)
+        names = ("score", "standard_error", "state", "wall_s", "stage", "reason")
+        run.summary.update({name: message[name] for name in names if message[name] is not None})
+        self._finish(page.id, exit_code=int(message["state"] == "failed"))
+
+    def _summarise_study(self, message: Mapping[str, Any]) -> None:
+        started = self._started
+        config = flatten({"space": started["space"], "spec": started["spec"]})
+        page = self._study_page("summary", f"{started['experiment']} tune", "summary", config)
+        run = self._run(page)
+        run.summary.update({name: value for name, value in flatten(message["info"]).items() if value is not None})
+        keys = list(dict.fromkeys(key for trial in self._ended for key in trial["parameters"]))
+        names = ["number", "stage", "state", "score", "standard_error", "wall_s", "reason"]
+        rows: list[Iterable[Any]] = [
+            [trial[name] for name in names] + [_cell(trial["parameters"].get(key)) for key in keys]
+            for trial in self._ended
+        ]
+        run.log({"trials": wandb.Table(columns=[*names, *keys], data=rows, allow_mixed_types=True)})
+        self._keep_files(run, f"{started['experiment']}-tune", "study", ("trials.csv", "scored.csv", "tune.json"))
+        self._finish(page.id, exit_code=0)
+
+    def _keep_files(self, run: Any, name: str, kind: str, files: Iterable[str]) -> None:
+        artifact = wandb.Artifact(name, type=kind)
+        for file in files:
+            if (self._folder / file).is_file():
+                artifact.add_file(str(self._folder / file))
+        run.log_artifact(artifact)
 
     def _summarise(self, message: Mapping[str, Any]) -> None:
-        run = self._run(None)
+        page = self._run_page("summary", self._started["experiment"], "summary", {})
+        run = self._run(page)
         info, metric = message["info"], self._started["metric"]
         figures = {
             f"oof/{metric}": info.get("score"),
@@ -183,12 +312,9 @@ class Follower:
             run.log({"per_class": wandb.Table(columns=columns, data=rows)})
         if message["confusion"]:
             run.log({"confusion_matrix": self._confusion(message["confusion"], info["classes"])})
-        artifact = wandb.Artifact(f"{self._started['experiment']}-oof", type="oof")
-        for name in ("oof.csv", "test.csv", "run.json", "spec.yaml"):
-            if (self._folder / name).is_file():
-                artifact.add_file(str(self._folder / name))
-        run.log_artifact(artifact)
-        self._finish(None, exit_code=0)
+        files = ("oof.csv", "test.csv", "run.json", "spec.yaml")
+        self._keep_files(run, f"{self._started['experiment']}-oof", "oof", files)
+        self._finish(page.id, exit_code=0)
 
     @staticmethod
     def _confusion(counts: list[list[int]], classes: list[str]) -> Any:
@@ -204,6 +330,11 @@ class Follower:
             fields={column: column for column in columns},
             string_fields={"title": "Out-of-fold confusion matrix"},
         )
+
+
+def _cell(value: Any) -> Any:
+    """A parameter as a table of W&B can hold it."""
+    return flow_text(value) if isinstance(value, list | dict) else value
 
 
 def sync_hint(folder: Path) -> str:

@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from foldwise.errors import FoldwiseError
-from foldwise.runs.events import EpochDone, Event, Message, RunDone, StepDone, UnitDone, UnitStarted
+from foldwise.runs.events import EpochDone, Event, Message, RunDone, StepDone, TrialEvent, UnitDone, UnitStarted
 
 # Room for more events than a run has epochs, so that a slow disk is never waited for.
 TENSORBOARD_QUEUE = 100_000
@@ -49,8 +49,10 @@ class WandbTracker:
         self.pid = self._child.pid if self._child else None
 
     def on(self, event: Event) -> None:
-        """Queue an event for the child; steps and messages are not tracked."""
+        """Queue an event for the child; steps and messages are not tracked, and of a trial's units the scores are."""
         if self._child is None or isinstance(event, StepDone | Message):
+            return
+        if isinstance(event, TrialEvent) and not isinstance(event.event, UnitDone):
             return
         with suppress(TypeError, ValueError):
             self._lines.put(_encode(event))
@@ -115,26 +117,29 @@ class WandbTracker:
 
 
 def _encode(event: Event) -> str:
-    fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
-    # Its keys are pairs, and those units were tracked when they were trained.
-    fields.pop("finished", None)
-    return json.dumps({"type": type(event).__name__, **fields}, default=_plain) + "\n"
+    return json.dumps(_plain(event), default=_plain) + "\n"
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
     return value.item() if hasattr(value, "item") else str(value)
 
 
 def wandb_tracker(
     folder: Path, project: str, *, mode: Literal["auto", "offline"] = "auto", deadline_s: float = 30.0
 ) -> WandbTracker | None:
-    """Follow a run with Weights & Biases: a group an experiment, in it a run a unit and a summary run.
+    """Follow a run or a study with Weights & Biases: a group an experiment, in it a run a unit and a summary run.
+
+    Of a study the group is `<exp>-tune`, in it a run a parameter set and a summary run.
 
     Online where an API key is found (`WANDB_API_KEY`, or the netrc file's entry for the host) and
     `WANDB_MODE` does not say `offline`; else everything is kept on disk, and `notes` says how to send it.
 
     Args:
-        folder: The experiment's folder, `oof/<exp>`; W&B's files go to `wandb/` in it.
+        folder: The experiment's folder, `oof/<exp>`, or a study's, `oof/<exp>/tune`;
+            W&B's files go to `wandb/` in it.
         project: The W&B project.
         mode: `offline` keeps everything on disk even where there is a key.
         deadline_s: How long `close` waits for W&B, s.

@@ -5,6 +5,7 @@ All three are listeners of `foldwise.runs.events`; the state that they show is k
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -14,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -30,6 +31,11 @@ from foldwise.runs.events import (
     RunDone,
     RunStarted,
     StepDone,
+    TrialDone,
+    TrialEvent,
+    TrialStarted,
+    TuneDone,
+    TuneStarted,
     UnitDone,
     UnitStarted,
 )
@@ -119,6 +125,20 @@ class Board:
         unit.state = "running"
         return unit
 
+    def draw(self, width: int, height: int) -> RenderableType:
+        """Draw the state, as `frame` does."""
+        return frame(self, width=width, height=height)
+
+    def tell(self, event: Event) -> Sequence[str]:
+        """Messages, and the lines that a run ends with."""
+        match event:
+            case Message():
+                return [event.text]
+            case RunDone():
+                return closing(event)
+            case _:
+                return []
+
     def label(self, key: Unit) -> str:
         """`fold 0`, and its seed where the run has several."""
         fold, seed = key
@@ -152,23 +172,15 @@ class Board:
         return (self._clock() - self._training_since) / trained * to_come
 
     def score_line(self) -> str:
-        """Mean of the finished units' scores and its standard error, e.g. `accuracy so far 0.61 +- 0.01`.
-
-        Folds hold different images, so that their errors are independent; the seeds of a fold share its images.
-        """
-        scored = {key: u for key, u in self.units.items() if u.score is not None and math.isfinite(u.score)}
-        scores = [unit.score for unit in scored.values() if unit.score is not None]
+        """Mean of the finished units' scores and its standard error, e.g. `accuracy so far 0.61 +- 0.01`."""
         count = sum(unit.state in ("kept", "done") for unit in self.units.values())
         done = f"{count} of {len(self.units)} units done"
-        if not scores or self.started is None:
+        scored = {key: (u.score, u.standard_error) for key, u in self.units.items() if u.score is not None}
+        mean, error = mean_and_error(scored)
+        if mean is None or self.started is None:
             return done
-        folds: dict[int, list[float]] = {}
-        for (fold, _), unit in scored.items():
-            if unit.standard_error is not None:
-                folds.setdefault(fold, []).append(unit.standard_error)
-        error = math.hypot(*(sum(errors) / len(errors) for errors in folds.values())) / max(1, len(folds))
-        spread = f" +- {error:.4f}" if folds else ""
-        return f"{done}, {self.started.metric} so far {sum(scores) / len(scores):.4f}{spread}"
+        spread = "" if error is None else f" +- {error:.4f}"
+        return f"{done}, {self.started.metric} so far {mean:.4f}{spread}"
 
 
 def duration(seconds: float) -> str:
@@ -180,6 +192,30 @@ def duration(seconds: float) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def mean_and_error(
+    scores: Mapping[Unit, tuple[float, float | None]],
+) -> tuple[float | None, float | None]:
+    """Mean of units' scores and its standard error.
+
+    Folds hold different images, so that their errors are independent; the seeds of a fold share its images.
+
+    Args:
+        scores: (fold, seed) to the score and its standard error, None where that is unknown.
+
+    Returns:
+        The mean and its error over the finite scores; None for what cannot be said.
+    """
+    finite = {key: told for key, told in scores.items() if math.isfinite(told[0])}
+    if not finite:
+        return None, None
+    folds: dict[int, list[float]] = {}
+    for (fold, _), (_, error) in finite.items():
+        if error is not None:
+            folds.setdefault(fold, []).append(error)
+    spread = math.hypot(*(sum(errors) / len(errors) for errors in folds.values())) / len(folds) if folds else None
+    return sum(score for score, _ in finite.values()) / len(finite), spread
 
 
 def opening(started: RunStarted) -> str:
@@ -292,30 +328,44 @@ def _visible(units: Mapping[Unit, UnitState], room: int) -> tuple[int, list[Unit
     return before, [*last, *running], len(keys) - before - len(last) - len(running)
 
 
-class _LiveView:
-    """The live view; the events change the board, a thread of rich's redraws it."""
+class Shown(Protocol):
+    """What a live view shows: a state that events change, and that can be drawn."""
 
-    def __init__(self, console: Console, clock: Clock) -> None:
+    def take(self, event: Event) -> None:
+        """Bring the state up to date."""
+
+    def draw(self, width: int, height: int) -> RenderableType:
+        """Draw it, in at most one line less than `height`."""
+
+    def tell(self, event: Event) -> Sequence[str]:
+        """Lines to print above the view, where they stay."""
+
+
+class LiveView:
+    """A listener that keeps one live view; the events change the board, a thread of rich's redraws it."""
+
+    def __init__(self, console: Console, board: Shown) -> None:
         self._console = console
-        self._board = Board(clock)
+        self._board = board
         self._live: Live | None = None
         self._lock = threading.Lock()
 
     def on(self, event: Event) -> None:
+        """Bring the view up to date; the first event of a run or a study opens it, its last one closes it."""
         with self._lock:
             self._board.take(event)
+            lines = self._board.tell(event)
         # rich redraws under a lock of its own, so none of ours may be held from here on.
         with suppress(OSError, ValueError):
-            if isinstance(event, RunStarted) and self._live is None:
+            if isinstance(event, RunStarted | TuneStarted) and self._live is None:
                 self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=REFRESHES_PER_S)
                 self._live.start(refresh=True)
-            elif isinstance(event, Message):
-                _print(self._console, event.text)
-            elif isinstance(event, RunDone):
+            elif isinstance(event, RunDone | TuneDone):
                 self.close()
-                _print(self._console, *closing(event))
+            print_lines(self._console, *lines)
 
     def close(self) -> None:
+        """Leave the view as it is."""
         live, self._live = self._live, None
         if live is not None:
             with suppress(OSError, ValueError):
@@ -323,7 +373,7 @@ class _LiveView:
 
     def _draw(self) -> RenderableType:
         with self._lock:
-            return frame(self._board, width=self._console.width, height=self._console.height)
+            return self._board.draw(self._console.width, self._console.height)
 
 
 class _PlainLines:
@@ -339,7 +389,7 @@ class _PlainLines:
     def on(self, event: Event) -> None:
         self._board.take(event)
         with suppress(OSError, ValueError):
-            _print(self._console, *self._lines(event))
+            print_lines(self._console, *self._lines(event))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -391,7 +441,8 @@ class _PlainLines:
         )
 
 
-def _print(console: Console, *lines: str) -> None:
+def print_lines(console: Console, *lines: str) -> None:
+    """Print lines as they are, brackets and all, however long."""
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -407,10 +458,13 @@ def progress_listener(console: Console, *, clock: Clock = time.monotonic) -> Lis
         console: Where to write.
         clock: Seconds from any origin.
     """
+    return LiveView(console, Board(clock)) if is_live(console) else _PlainLines(console, clock)
+
+
+def is_live(console: Console) -> bool:
+    """Whether a console can hold a live view, and nobody asked for plain lines with `CI`."""
     automated = os.environ.get("CI", "").lower() not in ("", "0", "false")
-    if console.is_terminal and not console.is_dumb_terminal and not automated:
-        return _LiveView(console, clock)
-    return _PlainLines(console, clock)
+    return console.is_terminal and not console.is_dumb_terminal and not automated
 
 
 class _Log:
@@ -459,6 +513,34 @@ def _log_lines(event: Event) -> Sequence[str]:
             return event.text.splitlines()
         case StepDone():
             return []
+        case TuneStarted():
+            space = " ".join(f"{key}={json.dumps(entry)}" for key, entry in event.space.items())
+            return [
+                f"{event.experiment}: study, attempt={event.attempt} sampler={event.sampler} trials={event.trials} "
+                f"finished={len(event.finished)} folds={_joined(event.folds)} epochs={event.epochs} "
+                f"device={event.device} executor={event.executor} space: {space}"
+            ]
+        case TrialStarted():
+            again = "" if event.retry_of is None else f" retry_of={event.retry_of}"
+            values = " ".join(f"{key}={json.dumps(value)}" for key, value in event.parameters.items())
+            return [
+                f"trial {event.number} {event.stage}: starts, folds={_joined(event.folds)} "
+                f"epochs={event.epochs}{again} {values}"
+            ]
+        case TrialEvent():
+            return [f"trial {event.number} {event.stage}: {line}" for line in _log_lines(event.event)]
+        case TrialDone():
+            told = (
+                f"trial {event.number} {event.stage}: {event.state}, score={event.score} "
+                f"standard_error={event.standard_error} wall_s={event.wall_s:.1f}"
+            )
+            return [told, *event.reason.splitlines()]
+        case TuneDone():
+            return event.lines
+
+
+def _joined(folds: Sequence[int]) -> str:
+    return ",".join(map(str, folds))
 
 
 def log_listener(path: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Listener:
