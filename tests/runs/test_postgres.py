@@ -143,7 +143,8 @@ def check(tuning: Any, url: str, seen: dict[str, set[int]], sets: int) -> list[o
 def test_a_new_database_is_opened_by_many_at_once(server: str, tmp_path: Path) -> None:
     """All find no tables and make them; PostgreSQL lets one succeed and fails the rest."""
     for turn in range(5):
-        with create_engine(server, isolation_level="AUTOCOMMIT").connect() as connection:
+        engine = create_engine(server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        with engine.connect() as connection:
             connection.execute(text(f"CREATE DATABASE opened{turn}"))
         url = server.replace("/postgres", f"/opened{turn}")
         together = threading.Barrier(8)

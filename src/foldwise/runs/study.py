@@ -418,7 +418,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         if url is None:
             # Several processes wait for each other instead of failing with "database is locked".
             patience = {"connect_args": {"timeout": 60}}
-            return _open_database(f"sqlite:///{folder / 'study.db'}", engine_kwargs=patience)
+            return _open_database(f"sqlite:///{folder / 'study.db'}", **patience)
         return _open_database(url)
     except ImportError as error:
         raise FoldwiseError(
@@ -437,18 +437,21 @@ def _open_database(url: str, **options: Any) -> BaseStorage:
     """Open a database, in which processes that open it at once all try to create Optuna's tables.
 
     The first does, and PostgreSQL tells the others that what was not there when they looked now is; they find it there
-    when they look again.
+    when they look again. They look without a pool, which would leave the connections of a failed attempt open.
     """
     import sqlalchemy.exc
+    from sqlalchemy.pool import NullPool
 
-    for wait_s in (0.1, 0.3, 1.0, 3.0):
+    for wait_s in (0.1, 0.3, 1.0, 3.0, None):
         try:
-            return optuna.storages.RDBStorage(url, **options)
+            close_storage(optuna.storages.RDBStorage(url, options | {"poolclass": NullPool}))
+            break
         except sqlalchemy.exc.DBAPIError as error:
-            if not isinstance(error, sqlalchemy.exc.IntegrityError) and "already exists" not in str(error):
+            others = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
+            if wait_s is None or not others:
                 raise
-        time.sleep(wait_s)
-    return optuna.storages.RDBStorage(url, **options)
+            time.sleep(wait_s)
+    return optuna.storages.RDBStorage(url, options)
 
 
 def close_storage(storage: BaseStorage) -> None:
