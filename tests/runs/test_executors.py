@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,7 +341,10 @@ class Killer:
         if isinstance(event, UnitStarted):
             self.started.append((job.fold, event.from_epoch))
         if isinstance(event, EpochDone) and job.fold == self.fold and self.left and event.epoch >= 2:
-            (pid,) = set(children(os.getpid())) - self.pids
+            pids = set(children(os.getpid())) - self.pids
+            if not pids:  # what a process had told before it was killed
+                return
+            (pid,) = pids
             self.left -= 1
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda: not alive(pid))
@@ -514,6 +517,24 @@ def test_ctrl_c_in_the_first_moment_leaves_no_traceback_of_a_worker(busy: subpro
     assert busy.returncode == -signal.SIGINT
     assert err.count("Traceback") == 1
     assert not children(busy.pid)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_a_process_is_started_leaves_none_behind(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def interrupted() -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(executors, "_deaf_children", interrupted)
+    (job,) = jobs_of(project, "interrupted", (0,), epochs=10_000)
+    before = set(children(os.getpid()))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        closing(make_executor("processes", ignore, threads=1, device="cpu", workers=1)) as executor,
+    ):
+        executor.submit(job)
+    assert set(children(os.getpid())) <= before
 
 
 def test_the_threads_of_a_unit_are_those_of_its_job_whatever_torch_was_told(project: Any) -> None:

@@ -216,6 +216,8 @@ class ProcessesExecutor:
                 f"a unit takes {threads} of the {cores} cores, so one is trained at a time; "
                 "`train.threads: 1` makes room for more, and other bits"
             )
+        # All that may have a process, also one that a Ctrl-C kept from becoming busy.
+        self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
         self._busy: dict[futures.Future[Outcome], tuple[_Worker, Job]] = {}
         self._waiting: deque[Job] = deque()
@@ -243,8 +245,7 @@ class ProcessesExecutor:
     def close(self) -> None:
         """End the processes at once."""
         self._waiting.clear()
-        workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
-        self._idle, self._busy = [], {}
+        workers, self._workers, self._idle, self._busy = self._workers, [], [], {}
         for worker in workers:
             worker.let_go()
         for worker in workers:
@@ -253,14 +254,22 @@ class ProcessesExecutor:
     def _feed(self) -> None:
         while self._waiting and len(self._busy) < self.slots:
             job = self._waiting.popleft()
-            worker = self._idle.pop() if self._idle else _Worker(self._free_device(job))
+            if self._idle:
+                worker = self._idle.pop()
+            else:
+                worker = _Worker(self._free_device(job))
+                self._workers.append(worker)
             try:
                 future = worker.start(job)
             except BrokenProcessPool:  # it died while it had nothing to do
-                worker.end()
+                self._end(worker)
                 self._waiting.appendleft(job)
                 continue
             self._busy[future] = (worker, job)
+
+    def _end(self, worker: _Worker) -> None:
+        worker.end()
+        self._workers.remove(worker)
 
     def _free_device(self, job: Job) -> str | None:
         """The GPU that the fewest processes have; what the job asks for where there are none."""
@@ -272,7 +281,7 @@ class ProcessesExecutor:
         worker, job = self._busy.pop(future)
         died, given_up = isinstance(future.exception(), BrokenProcessPool), False
         if died:
-            worker.end()
+            self._end(worker)
             self._deaths[job.folder] += 1
             given_up = self._deaths[job.folder] >= _DEATHS
             if not given_up:
