@@ -88,7 +88,7 @@ submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=
 
 test: $(READY)  ## what CI runs: lint, types, layers and all tests
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, import-linter, and every experiment file
 	@$(BIN)/ruff check .
