@@ -88,6 +88,9 @@ class CompetitionSpec(Section):
     test_ids: str | None = Field(
         None, description="`first-last`: the ids that a submission must hold, in order; null: all unlabelled images."
     )
+    submissions_per_day: int | None = Field(
+        None, ge=1, description="Uploads that Kaggle allows a day (UTC); null: 2 are assumed."
+    )
 
     @field_validator("classes")
     @classmethod

@@ -50,7 +50,7 @@ def fetch_kaggle(slug: str, folder: Path) -> None:
     page = f"https://www.kaggle.com/{'datasets' if match['owner'] else 'competitions'}/{slug}"
     folder.mkdir(parents=True, exist_ok=True)
     with _translated(slug, page):
-        api = _client(slug)
+        api = kaggle_client(slug)
         if match["owner"]:
             # It prints the address, which is no news here.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -84,8 +84,19 @@ def unpack(path: Path, folder: Path) -> None:
         raise HandOutError([Fault(where, f"cannot be unpacked: {error}", damaged)]) from None
 
 
-def _client(slug: str) -> Any:
-    """The client, signed in."""
+def kaggle_client(slug: str) -> Any:
+    """Kaggle's official client, signed in.
+
+    Args:
+        slug: What it is wanted for; messages name it.
+
+    Returns:
+        A `KaggleApi`; it prints at times, and its errors are read by `refusal`.
+
+    Raises:
+        KaggleError: If there is no token.
+        FoldwiseError: If the client is not installed.
+    """
     # It signs in on import and again here, and prints how to where it cannot.
     with contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -100,6 +111,25 @@ def _client(slug: str) -> Any:
     return api
 
 
+def refusal(error: OSError) -> tuple[int | None, str] | None:
+    """What an error of Kaggle's client says.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The HTTP status, None where no answer came, and the first line of the words with it; None for an error that is
+        not of the network.
+    """
+    # Both come from `requests`, whose errors are OSErrors; only an answer has a status.
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return int(status), _first_line(error)
+    if type(error).__module__.startswith("requests"):
+        return None, f"{type(error).__name__}: {_first_line(error)}"
+    return None
+
+
 @contextmanager
 def _translated(slug: str, page: str) -> Iterator[None]:
     """Turn what the client raises into what the user can mend."""
@@ -108,8 +138,10 @@ def _translated(slug: str, page: str) -> Iterator[None]:
     except FoldwiseError:
         raise
     except OSError as error:
-        # Both come from `requests`, whose errors are OSErrors; only an answer has a status.
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        refused = refusal(error)
+        if refused is None:
+            raise
+        status, words = refused
         if status == 401:
             what, fix = "Kaggle does not accept the token (401)", SIGN_IN
         elif status == 403:
@@ -121,12 +153,10 @@ def _translated(slug: str, page: str) -> Iterator[None]:
         elif status == 429:
             what, fix = "Kaggle asks for fewer downloads (429)", f"wait some minutes; or open {page}, {BY_HAND}"
         elif status is not None:
-            what, fix = f"Kaggle failed ({status}): {_first_line(error)}", f"try again later; or open {page}, {BY_HAND}"
-        elif type(error).__module__.startswith("requests"):
-            what = f"Kaggle cannot be reached\n  ({type(error).__name__}: {_first_line(error)})"
-            fix = f"go online; or on another machine open {page}, {BY_HAND}"
+            what, fix = f"Kaggle failed ({status}): {words}", f"try again later; or open {page}, {BY_HAND}"
         else:
-            raise
+            what = f"Kaggle cannot be reached\n  ({words})"
+            fix = f"go online; or on another machine open {page}, {BY_HAND}"
         raise KaggleError(f"KAGGLE={slug}: {what}\n  fix: {fix}") from None
     except ValueError as error:
         raise KaggleError(f"KAGGLE={slug}: {_first_line(error)}\n  fix: open {page}, {BY_HAND}") from None
