@@ -28,15 +28,25 @@ REPO   ?=
 PRIVATE ?=
 LICENSE ?=
 N      ?=
+SCORE  ?=
+IMAGES ?=
+OF     ?=
+MESSAGE ?=
+FORCE  ?=
+JSON   ?=
+CSV    ?=
+HTML   ?=
+METHOD ?=
+PRIOR  ?=
 export DEVICE TRACK WANDB_PROJECT STORAGE RAY_ADDRESS
 
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data check exp tune report plot explain eval publish submit test lint bench clean
+.PHONY: help setup demo data check exp tune report plot explain compare drift eval publish submit submissions sync test lint bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY)  ## make .venv and install what requirements.lock pins
 
@@ -83,8 +93,15 @@ publish: $(READY)  ## push a kept run to the Hugging Face Hub: EXP=<name> REPO=<
 	@$(if $(and $(EXP),$(REPO)),,$(error say what and where: make publish EXP=baseline_cnn REPO=<owner>/<name>))$(RUN) publish $(EXP) --repo $(REPO) \
 	  $(if $(PRIVATE),--private) $(if $(LICENSE),--license $(LICENSE))
 
-submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=aspicv] [RUNS=a,b]
-	@$(RUN) submit --comp $(COMP) $(if $(RUNS),--runs $(RUNS))
+submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=aspicv] [RUNS=a,b] [KAGGLE=<slug> MESSAGE= FORCE=1]; or record a score: SCORE=0.64|kaggle [IMAGES=30%] [OF=<hash>]
+	@$(RUN) submit --comp $(COMP) $(if $(RUNS),--runs $(RUNS)) $(if $(SCORE),--score "$(SCORE)") $(if $(IMAGES),--images "$(IMAGES)") \
+	  $(if $(OF),--of "$(OF)") $(if $(KAGGLE),--kaggle "$(KAGGLE)") $(if $(MESSAGE),--message "$(MESSAGE)") $(if $(FORCE),--force)
+
+submissions: $(READY)  ## list the submissions, what was expected and what they scored: [COMP=aspicv] [JSON=1]
+	@$(RUN) submissions --comp $(COMP) $(if $(JSON),--json)
+
+sync: $(READY)  ## send to W&B what runs kept on disk: [EXP=<name>]
+	@$(RUN) sync $(EXP)
 
 test: $(READY)  ## what CI runs: lint, types, layers and all tests
 	@$(MAKE) --no-print-directory lint

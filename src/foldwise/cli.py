@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -104,6 +104,22 @@ def _parser() -> argparse.ArgumentParser:
     submit = command("submit", _submit, "blend the kept runs and write the submission")
     submit.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
     submit.add_argument("--runs", type=lambda text: text.split(","), help="only these runs, e.g. a,b (default: all)")
+
+    submit.add_argument("--kaggle", metavar="SLUG", help="upload it to this Kaggle competition")
+    submit.add_argument("--message", help="with --kaggle: what to say with it (default: members and estimate)")
+    submit.add_argument("--force", action="store_true", help="with --kaggle: upload the same bytes again")
+    submit.add_argument(
+        "--score", help="blend nothing: record the newest submission's public score, or `kaggle` to fetch it"
+    )
+    submit.add_argument("--images", help="with --score: how many test images it is on, e.g. 90 or 30%%")
+    submit.add_argument("--of", help="with --score or --kaggle: a kept submission, by folder or start of its hash")
+
+    listed = command("submissions", _submissions, "list the submissions: what was expected, and what they scored")
+    listed.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
+    listed.add_argument("--json", action="store_true", help="print it as JSON")
+
+    sync = command("sync", _sync, "send to W&B what runs kept on disk")
+    sync.add_argument("experiment", nargs="?", metavar="EXP", help="only this one (default: all)")
 
     report = command("report", _report, "draw the reports of kept runs anew, into oof/<exp>/report/")
     report.add_argument("runs", nargs="+", metavar="EXP", help="names of kept runs")
@@ -420,9 +436,76 @@ def _publish(root: Path, options: argparse.Namespace) -> int:
 
 
 def _submit(root: Path, options: argparse.Namespace) -> int:
-    blended, path = _blend(root, options.comp, options.runs, root / "submissions")
-    _say(*_blend_lines(blended, path, root))
+    _refuse_stray(options)
+    if options.score is not None:
+        return _record_score(root, options)
+    if options.of is None:
+        blended, path = _blend(root, options.comp, options.runs, root / "submissions")
+        _say(*_blend_lines(blended, path, root))
+    if options.kaggle is not None:
+        from foldwise.data.competition import load_competition
+        from foldwise.records.history import read_history
+        from foldwise.records.upload import PER_DAY, upload
+
+        spec, history = load_competition(root, options.comp), read_history(root, options.comp)
+        lines = upload(
+            root,
+            spec,
+            history,
+            history.find(options.of),
+            options.kaggle,
+            message=options.message,
+            per_day=spec.submissions_per_day or PER_DAY,
+            force=options.force,
+            now=datetime.now(UTC),
+        )
+        _say(*lines)
     return 0
+
+
+def _refuse_stray(options: argparse.Namespace) -> None:
+    """Refuse what would have no effect."""
+    needs = {"message": ("kaggle",), "force": ("kaggle",), "images": ("score",), "of": ("score", "kaggle")}
+    for name, partners in needs.items():
+        if getattr(options, name) and not any(getattr(options, partner) for partner in partners):
+            wanted = " or ".join(f"--{partner}" for partner in partners)
+            raise FoldwiseError(f"--{name} has no effect alone\n  fix: give {wanted} too")
+    for first, second in (("score", "kaggle"), ("score", "runs"), ("of", "runs")):
+        if getattr(options, first) and getattr(options, second):
+            raise FoldwiseError(f"--{first} and --{second} do not go together\n  fix: one after the other")
+
+
+def _record_score(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.metrics import METRICS
+    from foldwise.records.history import history_lines, parse_images, parse_score, read_history, record_score
+
+    history, now = read_history(root, options.comp), datetime.now(UTC)
+    submission = history.find(options.of)
+    images = None if options.images is None else parse_images(options.images, submission.images)
+    if options.score == "kaggle":
+        from foldwise.records.upload import fetch_score
+
+        lines = fetch_score(history, submission, images=images, now=now)
+    else:
+        score = parse_score(options.score, METRICS[submission.metric])
+        lines = record_score(submission, score, images=images, source="user", now=now)
+    _say(*lines, "", *history_lines(read_history(root, options.comp)))
+    return 0
+
+
+def _submissions(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.files import pretty_json
+    from foldwise.records.history import history_json, history_lines, read_history
+
+    history = read_history(root, options.comp)
+    _say(pretty_json(history_json(history)).rstrip() if options.json else "\n".join(history_lines(history)))
+    return 0
+
+
+def _sync(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.runs.sync import sync_runs
+
+    return 3 if sync_runs(root, options.experiment, say=_say).failed else 0
 
 
 def _blend(root: Path, competition: str, names: Sequence[str] | None, folder: Path) -> tuple[Blend, Path]:

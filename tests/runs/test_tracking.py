@@ -34,7 +34,7 @@ from foldwise.runs.events import (
     UnitDone,
     UnitStarted,
 )
-from foldwise.runs.tracker_process import run_id, study_id
+from foldwise.runs.tracker_process import _tta_gain, run_id, study_id
 from foldwise.runs.tracking import WandbTracker, tensorboard_tracker, wandb_tracker
 
 WANDB = Path(sys.executable).with_name("wandb")
@@ -54,6 +54,11 @@ INFO = {
     "parameters": 1000,
     "git": {"commit": "abc"},
     "test_score": None,
+    "n_scored": 90,
+    "seeds": [42],
+    "score_without_tta": 0.59,
+    "marks": ["optimistic", "transductive"],
+    "external": ["fer2013"],
 }
 
 
@@ -183,7 +188,7 @@ def test_offline_keeps_a_group_of_unit_runs_and_a_summary(tmp_path: Path) -> Non
     assert sorted(runs) == ["vit", *(f"vit/fold{fold}" for fold in range(5))]
     assert {run["run_group"] for run in runs.values()} == {"vit"}
     assert {run["project"] for run in runs.values()} == {"faces"}
-    assert all(run["tags"] == ["aspicv", "resnet18", "smoke"] for run in runs.values())
+    assert all(run["tags"] == ["aspicv", "resnet18", "smoke"] for run in runs.values() if run["job_type"] == "unit")
     assert all(run["exit_code"] == [0] for run in runs.values())
     assert all(run["config"]["optim.lr"] == 0.002 for run in runs.values())
 
@@ -209,14 +214,27 @@ def test_offline_keeps_a_group_of_unit_runs_and_a_summary(tmp_path: Path) -> Non
         "wall_s": 12.5,
         "parameters": 1000,
         "git.commit": "abc",
+        "n_scored": 90,
     }
     assert expected.items() <= summary["summary"].items()
+    assert summary["summary"]["oof/tta_gain"] == pytest.approx(0.02)
     assert "test_score" not in summary["summary"]
+    assert summary["tags"] == ["aspicv", "resnet18", "smoke", "optimistic", "transductive", "with external data"]
+    about = {"metric": "accuracy", "track": "with external data", "marks": "optimistic, transductive"}
+    assert (about | {"n_seeds": 1, "n_folds": 2, "model.arch": "resnet18"}).items() <= summary["config"].items()
     assert summary["summary"]["per_class.nrows"] == 2
     assert summary["summary"]["confusion_matrix_table.nrows"] == 4
     assert "vit-oof" in summary["artifacts"]
     overview = json.loads(inspect(summary["path"], "--summary"))
     assert (overview["state"], overview["summary"]["oof/accuracy"]) == ("finished", 0.61)
+
+
+def test_the_gain_of_tta_is_told_only_where_both_scores_are_of_the_same_thing() -> None:
+    assert _tta_gain("accuracy", INFO) == pytest.approx(0.02)
+    assert _tta_gain("log_loss", INFO) == pytest.approx(-0.02), "a higher loss is worse"
+    assert _tta_gain("macro_f1", INFO) is None, "a mean of folds' F1 is not the F1 of all folds"
+    assert _tta_gain("accuracy", INFO | {"seeds": [42, 43]}) is None, "seeds are averaged, which gains too"
+    assert _tta_gain("accuracy", INFO | {"score_without_tta": None}) is None
 
 
 @pytest.mark.slow
@@ -395,7 +413,8 @@ def test_a_hanging_child_neither_blocks_the_training_nor_outlives_the_deadline(t
     tracker.close()
     assert time.monotonic() - begun < 5
     assert tracker.notes[1:] == [
-        f"W&B: its process was stopped after 0.3 s. Sync what it kept: .venv/bin/wandb sync {tmp_path}/wandb/*run-*"
+        "W&B: its process was stopped after 0.3 s. "
+        f"Sync what it kept: .venv/bin/wandb sync --include-online {tmp_path}/wandb/*run-*"
     ]
     with pytest.raises(ProcessLookupError):
         os.kill(tracker.pid, 0)
@@ -437,7 +456,7 @@ def test_a_server_that_does_not_answer_is_left_for_the_disk(tmp_path: Path, monk
         follow(tracker, epoch(0, 1), epoch(0, 2), epoch(0, 3), UnitDone(0, 42, 0.6, 0.02, 4.0))
     (note,) = tracker.notes
     assert note.startswith("W&B: went offline (")
-    assert note.endswith(f". Sync later: .venv/bin/wandb sync {tmp_path}/wandb/*run-*")
+    assert note.endswith(f". Sync later: .venv/bin/wandb sync --include-online {tmp_path}/wandb/*run-*")
     complete = [run for run in kept_runs(tmp_path) if run["history"]]
     assert [[row["epoch"] for row in run["history"]] for run in complete] == [[1, 2, 3]]
 

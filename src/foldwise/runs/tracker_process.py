@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +18,9 @@ from urllib.parse import quote
 import wandb
 
 from foldwise.files import sha256_json
+from foldwise.metrics import METRICS
+from foldwise.records.history import EXTERNAL_TRACK, OWN_TRACK
+from foldwise.runs.sync import marker
 from foldwise.spec.load import flatten
 from foldwise.spec.yaml import flow_text
 
@@ -239,6 +242,9 @@ class Follower:
             run.finish(exit_code=exit_code)
         except TimeoutError as error:
             self._go_offline(error)
+        else:
+            if self._online:  # all of it has arrived, so that `sync` need not send it
+                marker(Path(run.settings.sync_file)).touch()
 
     def _log_epoch(self, message: Mapping[str, Any]) -> None:
         run = self._run(self._unit_page(message))
@@ -297,12 +303,23 @@ class Follower:
         run.log_artifact(artifact)
 
     def _summarise(self, message: Mapping[str, Any]) -> None:
-        page = self._run_page("summary", self._started["experiment"], "summary", {})
-        run = self._run(page)
         info, metric = message["info"], self._started["metric"]
+        marks, track = info.get("marks") or [], EXTERNAL_TRACK if info.get("external") else OWN_TRACK
+        # One groups by what is configuration, and filters with a click by tags.
+        more = {
+            "metric": metric,
+            "track": track,
+            "marks": ", ".join(sorted(marks)) or "none",
+            "n_seeds": len(self._started["spec"].get("seeds", ())),
+            "n_folds": len(info.get("fold_scores") or {}),
+        }
+        page = self._run_page("summary", self._started["experiment"], "summary", more)
+        run = self._run(replace(page, tags=[*page.tags, *marks, track]))
         figures = {
             f"oof/{metric}": info.get("score"),
             "oof/standard_error": info.get("standard_error"),
+            "oof/seed_std": info.get("seed_std"),
+            "oof/tta_gain": _tta_gain(metric, info),
             **{f"oof/fold{fold}": score for fold, score in (info.get("fold_scores") or {}).items()},
         }
         run.summary.update({name: value for name, value in (flatten(info) | figures).items() if value is not None})
@@ -332,6 +349,18 @@ class Follower:
         )
 
 
+def _tta_gain(metric: str, info: Mapping[str, Any]) -> float | None:
+    """How much better the score is with test-time augmentation than without; None where that is not known.
+
+    The score without is a mean over units: only with one seed, and for a mean over images, is it of the same thing.
+    """
+    with_tta, without = info.get("score"), info.get("score_without_tta")
+    if with_tta is None or without is None or len(info["seeds"]) > 1 or metric not in ("accuracy", "log_loss"):
+        return None
+    gain: float = METRICS[metric].sign * (with_tta - without)
+    return gain
+
+
 def _cell(value: Any) -> Any:
     """A parameter as a table of W&B can hold it."""
     return flow_text(value) if isinstance(value, list | dict) else value
@@ -339,7 +368,7 @@ def _cell(value: Any) -> Any:
 
 def sync_hint(folder: Path) -> str:
     """How to send later what was kept on disk."""
-    return f"Sync later: .venv/bin/wandb sync {folder}/wandb/*run-*"
+    return f"Sync later: .venv/bin/wandb sync --include-online {folder}/wandb/*run-*"
 
 
 def main(folder: Path, project: str, mode: str, patience_s: float) -> None:

@@ -71,7 +71,7 @@ class WandbTracker:
             child.kill()
             self.notes.append(
                 f"W&B: its process was stopped after {self._deadline_s:g} s. "
-                f"Sync what it kept: .venv/bin/wandb sync {self._log_path.parent}/*run-*"
+                f"Sync what it kept: .venv/bin/wandb sync --include-online {self._log_path.parent}/*run-*"
             )
             with suppress(subprocess.TimeoutExpired):
                 child.wait(self._deadline_s)
@@ -154,7 +154,7 @@ def wandb_tracker(
         reason = "asked for"
     elif wish in ("offline", "dryrun"):
         reason = f"WANDB_MODE={wish}"
-    elif not _has_api_key():
+    elif not has_api_key():
         reason = "no API key"
     else:
         reason = ""
@@ -174,7 +174,8 @@ def _from_here(folder: Path) -> str:
         return str(folder)
 
 
-def _has_api_key() -> bool:
+def has_api_key() -> bool:
+    """Whether W&B would find an API key: in the environment, or in the netrc file under the host's name."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
