@@ -16,7 +16,14 @@ from torch.nn import functional
 from foldwise.learn.augment import Batch, mix
 from foldwise.learn.device import Runtime
 from foldwise.learn.models import ToInput
-from foldwise.learn.objectives import Supervised, loss_class_weights, soft_target_loss
+from foldwise.learn.objectives import (
+    Supervised,
+    Taught,
+    loss_class_weights,
+    matching_loss,
+    soft_target_loss,
+    softened,
+)
 from foldwise.spec.model import LossSpec, MixSpec
 
 WEIGHTS = torch.tensor([0.2, 1.0, 2.5, 0.7])
@@ -117,11 +124,19 @@ def batch(pixels: np.ndarray) -> Batch:
     return Batch(torch.from_numpy(pixels[rows.numpy()]), rows, (42, 0, 3, 2))
 
 
-def supervised(runtime: Runtime, loss: LossSpec, mixing: MixSpec, weights: np.ndarray | None = None) -> Supervised:
+def supervised(
+    runtime: Runtime,
+    loss: LossSpec,
+    mixing: MixSpec,
+    weights: np.ndarray | None = None,
+    taught: Taught | None = None,
+) -> Supervised:
     labels = np.arange(26) % 4
     labels[20:] = -1
     prepare = ToInput(16, "bilinear", [0.5], [0.25])
-    return Supervised(labels, 4, loss=loss, mixing=mixing, prepare=prepare, runtime=runtime, class_weights=weights)
+    return Supervised(
+        labels, 4, loss=loss, mixing=mixing, prepare=prepare, runtime=runtime, class_weights=weights, taught=taught
+    )
 
 
 def small_model() -> nn.Module:
@@ -163,3 +178,102 @@ def test_the_loss_is_float32_whatever_the_forward_pass_is(batch: Batch) -> None:
     result = supervised(runtime, LossSpec(), MixSpec())(model, batch, mixed=False)
     assert kinds == [torch.bfloat16]
     assert result.mean.dtype == torch.float32
+
+
+# Teachers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_weights", [None, WEIGHTS])
+@pytest.mark.parametrize("name", ["cross_entropy", "focal"])
+def test_an_image_of_weight_two_counts_as_two_images(
+    name: str, class_weights: torch.Tensor | None, logits: torch.Tensor, soft: torch.Tensor
+) -> None:
+    spec = LossSpec.model_validate({"name": name, "label_smoothing": 0.1})
+    twice = torch.cat([torch.arange(9), torch.tensor([3, 7])])
+    expected = soft_target_loss(logits[twice], soft[twice], spec, class_weights)
+    image_weights = torch.ones(9)
+    image_weights[[3, 7]] = 2.0
+    torch.testing.assert_close(soft_target_loss(logits, soft, spec, class_weights, image_weights), expected)
+
+
+def test_matching_is_torchs_divergence(logits: torch.Tensor, soft: torch.Tensor) -> None:
+    weights = torch.tensor([1.0, 0.5, 2.0] * 3)
+    soft[0] = torch.tensor([0.0, 1.0, 0.0, 0.0])  # of a certain teacher
+    apart = functional.kl_div((logits / 3).log_softmax(1), soft, reduction="none").sum(1)
+    torch.testing.assert_close(matching_loss(logits, soft, 3.0, weights), 9 * (apart * weights).sum() / weights.sum())
+    assert float(matching_loss(3 * soft[1:].log(), soft[1:], 3.0, weights[1:])) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_temperature_leaves_the_size_of_the_gradient() -> None:
+    """At a high temperature it is (z - v) / C for centred logits z and v (Hinton et al. 2015, equation 4)."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(1, 4, generator=generator), torch.randn(1, 4, generator=generator)
+    student, teacher = student - student.mean(), teacher - teacher.mean()
+    for temperature in (20.0, 100.0):
+        student.requires_grad_().grad = None
+        matched = (teacher / temperature).softmax(1)
+        matching_loss(student, matched, temperature, torch.ones(1)).backward()
+        torch.testing.assert_close(student.grad, (student.detach() - teacher) / 4, rtol=0.2, atol=0.02)
+
+
+teachers_logits = npst.arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(2, 7)), elements=st.floats(-30, 30))
+
+
+@given(teachers_logits, st.floats(1, 20))
+def test_softening_divides_the_logits(teacher: np.ndarray, temperature: float) -> None:
+    def softmax(values: np.ndarray) -> np.ndarray:
+        powers = np.exp(values - values.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    probs = softmax(teacher)
+    soft = softened(probs, temperature)
+    np.testing.assert_allclose(soft, softmax(teacher / temperature), atol=1e-9)
+    np.testing.assert_allclose(softened(probs, 1.0), probs, atol=1e-12)
+    assert (soft.max(axis=1) <= probs.max(axis=1) + 1e-12).all()
+
+
+def test_a_teacher_that_is_certain_stays_so() -> None:
+    certain = np.array([[0, 1, 0]], dtype=np.float32)
+    np.testing.assert_array_equal(softened(certain, 4.0), certain)
+
+
+def taught(*, matched: bool) -> Taught:
+    rng = np.random.default_rng(0)
+    soft = rng.dirichlet(np.ones(4), 26).astype(np.float32)
+    weights = rng.uniform(0.2, 2.0, 26).astype(np.float32)
+    other = rng.dirichlet(np.ones(4), 26).astype(np.float32)
+    return Taught(soft, weights, other, 0.3, 2.0) if matched else Taught(soft, weights)
+
+
+def test_plain_labels_as_lessons_change_nothing(cpu: Runtime, batch: Batch) -> None:
+    labels = np.eye(4, dtype=np.float32)[np.arange(26) % 4]
+    plain = Taught(labels, np.ones(26, dtype=np.float32))
+    for loss in (LossSpec(label_smoothing=0.1), LossSpec(name="focal")):
+        for mixing in (MixSpec(), MixSpec(mixup_alpha=0.4), MixSpec(cutmix_alpha=1.0)):
+            expected = supervised(cpu, loss, mixing)(small_model(), batch, mixed=True)
+            got = supervised(cpu, loss, mixing, taught=plain)(small_model(), batch, mixed=True)
+            torch.testing.assert_close(got.mean, expected.mean)
+            assert int(got.hits) == int(expected.hits)
+
+
+@pytest.mark.parametrize("matched", [False, True])
+def test_lessons_are_mixed_by_the_weight_of_their_images(matched: bool, cpu: Runtime, batch: Batch) -> None:
+    lesson, mixing, model = taught(matched=matched), MixSpec(mixup_alpha=0.4), small_model()
+    spec = LossSpec(label_smoothing=0.1)
+    rows = batch.rows.numpy()
+    inputs = (batch.pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+    images, shares = mix(inputs, torch.eye(6), mixing, batch.key)  # row i: the shares of the batch in image i
+    weights = torch.from_numpy(lesson.weights[rows])
+    mass = shares @ weights
+
+    def blended(values: np.ndarray) -> torch.Tensor:
+        return (shares * weights) @ torch.from_numpy(values[rows]) / mass[:, None]
+
+    logits = model(images)
+    expected = soft_target_loss(logits, blended(lesson.targets), spec, None, mass)
+    if lesson.matched is not None:
+        expected = 0.7 * expected + 0.3 * matching_loss(logits, blended(lesson.matched), 2.0, mass)
+    result = supervised(cpu, spec, mixing, taught=lesson)(model, batch, mixed=True)
+    torch.testing.assert_close(result.mean, expected)
+    assert int(result.hits) == int((logits.argmax(1) == blended(lesson.targets).argmax(1)).sum())
+    assert result.mean.requires_grad

@@ -17,9 +17,11 @@ from foldwise.data.folds import Folds, SplitSpec, make_folds
 from foldwise.data.readers import ImageSpec
 from foldwise.errors import DeviceError, FoldwiseError
 from foldwise.learn.device import pick_runtime
+from foldwise.learn.objectives import Taught
 from foldwise.records.store import Unit
-from foldwise.runs.crossval import Table, inner_slice, make_table, relabelled, smoke_table, train_unit
-from foldwise.runs.events import EpochDone, Event, UnitStarted
+from foldwise.runs import crossval
+from foldwise.runs.crossval import Lesson, Table, inner_slice, make_table, relabelled, smoke_table, train_unit
+from foldwise.runs.events import EpochDone, Event, Message, UnitStarted
 from foldwise.spec.model import ExperimentSpec, ModelSpec, OptimSpec, TrainSpec
 
 CLASSES = ("happy", "sad", "angry")
@@ -261,6 +263,43 @@ def test_units_do_not_depend_on_what_ran_before_them(tmp_path: Path) -> None:
     (alone,), _ = run(table, tmp_path / "alone", units=((1, 43),))
     np.testing.assert_array_equal(all_units[2].val_probs, alone.val_probs)
     assert not np.array_equal(all_units[1].val_probs, alone.val_probs), "another seed must give other weights"
+
+
+# Lessons --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lesson_adds_its_rows_to_those_that_are_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(dataset())
+    unlabelled = np.flatnonzero(table.labels < 0)[:6]
+    seen: dict[str, np.ndarray] = {}
+
+    def lesson_of(fold: int, rows: np.ndarray, _runtime: object) -> Lesson:
+        torch.rand(7)  # as networks that are built do
+        seen["asked"] = rows
+        targets = np.eye(3, dtype=np.float32)[np.where(table.labels >= 0, table.labels, 2)]
+        return Lesson(unlabelled, Taught(targets, np.ones(len(targets), dtype=np.float32)), ["taught"], {"n_pseudo": 6})
+
+    def sampling_weights(kind: str, labels: np.ndarray, classes: int) -> np.ndarray | None:
+        seen["sampled"] = labels
+        return None
+
+    monkeypatch.setattr(crossval, "sampling_weights", sampling_weights)
+    spec = spec_of(epochs=1, keep="best")
+    (unit,), events = run(table, tmp_path / "a", spec, units=((1, 42),), lesson_of=lesson_of)
+    held = inner_slice(np.flatnonzero((table.labels >= 0) & (table.fold != 1)), table.labels, table.group, 0.1, (42, 1))
+    assert not set(seen["asked"]) & set(held), "what is watched is taught to nobody"
+    assert set(table.fold[seen["asked"]]) == {0, 2}
+    assert seen["sampled"].tolist() == [*table.labels[seen["asked"]].tolist(), *[2] * 6]
+    assert (unit.info["n_train"], unit.info["n_pseudo"], unit.info["n_inner"]) == (len(seen["asked"]) + 6, 6, len(held))
+    assert [event.train_images for event in events if isinstance(event, UnitStarted)] == [len(seen["asked"]) + 6]
+    assert [event.text for event in events if isinstance(event, Message)] == ["fold 1, seed 42: taught"]
+
+    none = np.array([], dtype=np.int64)
+    quiet = lambda fold, rows, runtime: replace(lesson_of(fold, rows, runtime), rows=none)  # noqa: E731
+    (alone,), _ = run(table, tmp_path / "b", spec, units=((1, 42),), lesson_of=quiet)
+    (plain,), _ = run(table, tmp_path / "c", spec, units=((1, 42),))
+    np.testing.assert_allclose(alone.val_probs, plain.val_probs, atol=1e-5)
+    assert np.abs(unit.val_probs - plain.val_probs).max() > 1e-4
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -219,6 +219,21 @@ def test_the_best_come_first_by_the_direction_of_the_metric(tmp_path: Path) -> N
         assert len(set(values)) > 1
 
 
+def test_a_study_goes_on_though_specs_have_come_to_know_a_key_since(tmp_path: Path) -> None:
+    player = Player(tmp_path)
+    kept = player.search.study.user_attrs["identity"]
+    assert kept["spec"].pop("pseudo", "absent") is None
+    player.search.study.set_user_attr("identity", kept)
+    player.search.close()
+    Player(tmp_path).search.close()
+    kept["spec"]["train"]["epochs"] += 1
+    again = Player(tmp_path)
+    again.search.study.set_user_attr("identity", kept)
+    again.search.close()
+    with pytest.raises(FoldwiseError, match=r"spec\.train\.epochs"):
+        Player(tmp_path)
+
+
 def test_a_finite_space_ends_with_a_note_and_without_a_repetition(tmp_path: Path) -> None:
     player = Player(tmp_path, FINITE)
     assert len(player.play(99)) == 10

@@ -185,6 +185,68 @@ def test_what_a_spec_refers_to(project: Path, old: str, new: str, expected: str 
         assert expected in message(project, text)
 
 
+def test_faults_of_teachers_are_told_at_their_place(project: Path) -> None:
+    (project / "oof" / "teacher").mkdir(parents=True)
+    (project / "oof" / "teacher" / "run.json").write_text("{}")
+    text = VIT + "pseudo: {from: [teacher, vit, techer], min_confident: 0.8}\ndistill: {weight: 0.5}\n"
+    assert message(project, text).replace("experiments/vit.yaml", "F") == (
+        "F:13:26: an experiment cannot be its own teacher\n"
+        "   13 | pseudo: {from: [teacher, vit, techer], min_confident: 0.8}\n"
+        "      |                          ^^^\n"
+        "  fix: name another\n"
+        "F:13:31: there is no experiment or run `techer`\n"
+        "   13 | pseudo: {from: [teacher, vit, techer], min_confident: 0.8}\n"
+        "      |                               ^^^^^^\n"
+        "  fix: did you mean `teacher`?\n"
+        "F:13:40: unknown key `pseudo.min_confident`\n"
+        "   13 | pseudo: {from: [teacher, vit, techer], min_confident: 0.8}\n"
+        "      |                                        ^^^^^^^^^^^^^\n"
+        "  fix: did you mean `min_confidence`? `pseudo` takes: from, hard, min_confidence, weight\n"
+        "F:14:1: missing key `distill.from`\n"
+        "   14 | distill: {weight: 0.5}\n"
+        "      | ^^^^^^^\n"
+        "  fix: add `from: ...` under `distill`: Kept k-fold runs on the same folds and classes, averaged; fold k asks "
+        "their fold k alone.\n"
+        "4 errors; nothing ran."
+    )
+
+
+def test_an_overridden_spec_may_learn_from_the_run_of_its_file(project: Path) -> None:
+    spec = load(project, None, "pseudo.from=[vit]", name="vit_pseudo")
+    assert spec.name == "vit_pseudo"
+    assert spec.pseudo is not None
+    assert spec.pseudo.teachers == ("vit",)
+    assert load(project, None, "distill.from=[vit]", "distill.weight=0.5").name.startswith("vit_")
+    assert load(project, None, "model.weights=run:vit", name="vit_again").model.weights == "run:vit"
+    (project / "oof" / "vit_pseudo").mkdir(parents=True)
+    (project / "oof" / "vit_pseudo" / "run.json").write_text("{}")
+    refused = message(project, None, "pseudo.from=[vit_pseudo]", name="vit_pseudo")
+    assert refused.startswith("--set pseudo.from=[vit_pseudo]: an experiment cannot be its own teacher\n")
+    assert message(project, None, "distill.from=vit").startswith(
+        "--set distill.from=vit: `distill.from` must be a list, but got the string 'vit'\n"
+        "  fix: put it in brackets: [vit]"
+    )
+
+
+def test_what_a_student_is_taught_can_be_tuned(project: Path) -> None:
+    text = VIT.replace("name: vit", "name: pupil") + (
+        "pseudo: {from: [vit]}\n"
+        "tune:\n"
+        "  space:\n"
+        "    pseudo.min_confidence: {low: 0.5, high: 0.95}\n"
+        "    pseudo.from: {choices: [[vit], [pupil]]}\n"
+        "    distill: {choices: [null, {from: [vit]}, {from: [gone]}]}\n"
+    )
+    path = project / "experiments" / "pupil.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_experiment(path, root=project)
+    assert [fault.what for fault in caught.value.faults] == [
+        "choice 2 of `pseudo.from`: an experiment cannot be its own teacher",
+        "choice 3 of `distill`: there is no experiment or run `gone`",
+    ]
+
+
 def test_colour_transforms_are_refused_for_gray_images_alone(project: Path) -> None:
     text = VIT.replace("HorizontalFlip: {p: 0.5}", "RandomRain: {}")
     assert "`RandomRain` needs colour images, but the competition's have 1 channel" in message(project, text)
@@ -395,6 +457,14 @@ specs = st.fixed_dictionaries(
         "seeds": st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3, unique=True),
         "augment": st.lists(st.dictionaries(words, st.dictionaries(words, values, max_size=3), max_size=2), max_size=3),
         "mix": st.fixed_dictionaries({}, optional={"mixup_alpha": positive, "prob": share}),
+        "pseudo": st.none()
+        | st.fixed_dictionaries(
+            {"from": st.lists(st.sampled_from(["a", "no", "1e5"]), min_size=1, unique=True)},
+            optional={"min_confidence": share, "hard": st.booleans()},
+        ),
+        "distill": st.fixed_dictionaries(
+            {"from": st.just(["null"])}, optional={"weight": st.floats(0.1, 1), "temperature": st.floats(1, 20)}
+        ),
         "tta": st.lists(st.sampled_from(["identity", "hflip", "zoom_1.1", "rotate_10"]), min_size=1, unique=True),
     },
 )

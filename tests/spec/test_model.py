@@ -63,6 +63,13 @@ def test_the_least_spec_is_valid_frozen_and_whole_when_resolved() -> None:
         ({"schedule": {"warmup_epochs": 4}}, "must hold, but got \\(4.0, 3\\)"),
         ({"train": {"epochs": True}}, "valid integer"),
         ({"more": 1}, "Extra inputs"),
+        ({"pseudo": {}}, "from\n  Field required"),
+        ({"pseudo": {"from": []}}, "at least 1 item"),
+        ({"pseudo": {"from": ["../up"]}}, "expected names of kept runs, but got '../up'"),
+        ({"distill": {"from": ["x", "x"]}}, "expected distinct runs, but got \\['x', 'x'\\]"),
+        ({"distill": {"from": ["x"], "weight": 0}}, "greater than 0"),
+        ({"distill": {"from": ["x"], "temperature": 0.5}}, "greater than or equal to 1"),
+        ({"pseudo": {"from": ["x"], "min_confidence": 1.1}}, "less than or equal to 1"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -90,7 +97,24 @@ def test_merged_classes_keep_the_order_of_their_first(classes: list[str], data: 
         ({"train": {"epochs": 3, "watch": "scored", "early_stop_patience": 2}}, ["optimistic"]),
         ({"train": {"epochs": 3, "watch": "scored"}, "schedule": {"name": "plateau"}}, ["optimistic"]),
         ({"train": {"epochs": 3, "keep": "best"}, "schedule": {"name": "plateau"}}, []),
+        ({"pseudo": {"from": ["x"]}}, ["transductive"]),
+        ({"distill": {"from": ["x"]}}, []),
+        (
+            {"train": {"epochs": 3, "watch": "scored", "keep": "best"}, "pseudo": {"from": ["x"]}},
+            ["optimistic", "transductive"],
+        ),
     ],
 )
-def test_only_a_spec_that_watches_the_scored_fold_is_optimistic(changes: dict[str, Any], marks: list[str]) -> None:
+def test_only_a_spec_that_watches_the_scored_fold_is_optimistic_and_only_pseudo_labels_are_transductive(
+    changes: dict[str, Any], marks: list[str]
+) -> None:
     assert spec(**changes).marks == marks
+
+
+def test_teachers_are_called_by_the_key_of_the_file() -> None:
+    student = spec(pseudo={"from": ["x", "y"]}, distill={"from": ["z"]})
+    assert student.pseudo is not None
+    assert student.distill is not None
+    assert (student.pseudo.teachers, student.distill.teachers) == (("x", "y"), ("z",))
+    assert resolved(student)["pseudo"] == {"from": ["x", "y"], "min_confidence": 0.9, "hard": True, "weight": 1.0}
+    assert resolved(student)["distill"] == {"from": ["z"], "weight": 0.7, "temperature": 2.0}

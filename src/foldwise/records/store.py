@@ -54,6 +54,7 @@ class Context:
         inputs_sha256: Of ids, labels and pixels.
         smoke: Whether this is a smoke run.
         start_sha256: Of the weights that it starts from; None where it starts from none of another run's.
+        teachers_sha256: Of each run that it learns from, by name; None where there is none.
     """
 
     competition: str
@@ -63,6 +64,7 @@ class Context:
     inputs_sha256: str
     smoke: bool = False
     start_sha256: str | None = None
+    teachers_sha256: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ class RunFolder:
         self.notes: list[str] = []
         self._lock = lock
         self._context = context
-        self._vouched = {"spec": spec_sha256, "context": sha256_json(asdict(context))}
+        self._vouched = {"spec": spec_sha256, "context": sha256_json(_plain(context))}
 
     @classmethod
     def open(
@@ -406,6 +408,7 @@ class RunFolder:
                 "folds": context.folds_sha256,
                 "inputs": context.inputs_sha256,
                 "start": context.start_sha256,
+                **({} if context.teachers_sha256 is None else {"teachers": context.teachers_sha256}),
                 **written,
             },
             "weights": {name: sha256_file(path) for name, path in weights.items() if path.exists()},
@@ -445,6 +448,56 @@ def load_run(path: Path) -> Run:
         return _read_run(path, info)
     except KeyError as error:
         raise RecordError([Fault(f"{where}/{_RECORD}", f"lacks the key {error}", FRESH)]) from None
+
+
+def read_units(run: Run) -> list[Unit]:
+    """Read the units that a complete run was gathered from, and verify that they are these.
+
+    A unit's own hashes lie beside it, where a stranger may have written both. So the units must also hold the ids of
+    their folds, and add up to the oof.csv and test.csv that `run.json` vouches for.
+
+    Args:
+        run: A complete run.
+
+    Returns:
+        Its units, by fold and then in the order of its seeds.
+
+    Raises:
+        RecordError: If they are not on this machine, or are not those of the run.
+    """
+    again = f"train it here: make exp EXP={run.name} FRESH=1"
+    vouched = {"spec": run.info["hashes"]["spec"], "context": sha256_json(_plain(_context_of(run.info)))}
+    folds = np.unique(run.fold).tolist()
+    names = {(fold, seed): f"fold{fold}/seed{seed}" for fold in folds for seed in run.info["seeds"]}
+    missing = [name for name in names.values() if not (run.path / name / _UNIT).exists()]
+    if missing:
+        what = f"its fold predictions are not on this machine: {', '.join(missing)}"
+        raise RecordError([Fault(shown(run.path), what, again)])
+    units, faults = [], []
+    for (fold, seed), name in names.items():
+        try:
+            unit = _read_unit(run.path / name, vouched, run.classes)
+            if (unit.fold, unit.seed) != (fold, seed):
+                raise ValueError(f"{_UNIT} is of {_unit_name(unit)}")
+            if sorted(unit.val_ids.tolist()) != sorted(run.ids[run.fold == fold].tolist()):
+                raise ValueError(f"{_VAL} does not hold the ids of fold {fold}")
+            if sorted(unit.test_ids.tolist()) != sorted(run.test_ids.tolist()):
+                raise ValueError(f"{_TEST} does not hold the ids of the run's own")
+            units.append(unit)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            faults.append(Fault(f"{shown(run.path)}/{name}", f"is not what was kept: {error}", again))
+    if not faults:
+        oof, test = np.zeros(run.probs.shape), np.zeros(run.test_probs.shape)
+        for unit in units:
+            oof[rows_of(run.ids, unit.val_ids)] += unit.val_probs / len(run.info["seeds"])
+            test += unit.test_probs[rows_of(unit.test_ids, run.test_ids)] / len(units)
+        for name, mean, kept in ((_OOF, oof, run.probs), (_TEST, test, run.test_probs)):
+            if not np.allclose(mean, kept, rtol=0, atol=1e-6):
+                what = f"its fold predictions do not add up to the {name} that {_RECORD} vouches for"
+                faults.append(Fault(shown(run.path), what, again))
+    if faults:
+        raise RecordError(faults)
+    return units
 
 
 def list_runs(root: Path, competition: str) -> tuple[list[Run], list[str]]:
@@ -562,6 +615,8 @@ def _open_attempt(path: Path, spec: dict[str, Any], context: Context, *, fresh: 
 def _plain(context: Context) -> dict[str, Any]:
     """The context as it reads back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(context)))
+    if context.teachers_sha256 is None:
+        del plain["teachers_sha256"]  # so that a run without teachers says what it said before there were any
     return plain
 
 
@@ -593,8 +648,17 @@ def _state_of(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The state that a committed record tells of, for a folder that came without its own."""
     if record is None:
         return None
+    return {
+        "attempt": record["attempt"],
+        "started": record["started"],
+        "context": _plain(_context_of(record)),
+    }
+
+
+def _context_of(record: Mapping[str, Any]) -> Context:
+    """The context that a committed record tells of."""
     split = {key: value for key, value in record["split"].items() if key != "sha256"}
-    context = Context(
+    return Context(
         competition=record["competition"],
         classes=tuple(record["classes"]),
         split=split,
@@ -602,12 +666,8 @@ def _state_of(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         inputs_sha256=record["hashes"]["inputs"],
         smoke=record["smoke"],
         start_sha256=record["hashes"].get("start"),
+        teachers_sha256=record["hashes"].get("teachers"),
     )
-    return {
-        "attempt": record["attempt"],
-        "started": record["started"],
-        "context": _plain(context),
-    }
 
 
 def _refuse_other(path: Path, spec: dict[str, Any], old_context: dict[str, Any], context: dict[str, Any]) -> None:

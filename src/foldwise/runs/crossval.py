@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -25,7 +26,7 @@ from foldwise.learn.device import Runtime, make_deterministic, peak_memory_mib
 from foldwise.learn.fit import Fitted, Row, fit
 from foldwise.learn.keys import Purpose, generator, torch_seed
 from foldwise.learn.models import ToInput, build_model, head_parameters, place, to_input
-from foldwise.learn.objectives import Supervised, loss_class_weights
+from foldwise.learn.objectives import Supervised, Taught, loss_class_weights
 from foldwise.learn.predict import parse_view, predict, predict_batch_size
 from foldwise.metrics import METRICS
 from foldwise.records.store import Unit
@@ -62,6 +63,23 @@ class Table:
     def take(self, rows: np.ndarray) -> Table:
         """A smaller table of some rows, its images in memory."""
         return Table(self.images[rows], self.ids[rows], self.labels[rows], self.fold[rows], self.group[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a unit is taught besides its labels.
+
+    Attributes:
+        rows: (m,) unlabelled rows that are trained on too.
+        taught: Targets and weights of all rows that are trained on, and what is to be matched.
+        told: Lines for the user.
+        info: What the unit notes of it, as plain JSON values.
+    """
+
+    rows: np.ndarray
+    taught: Taught
+    told: list[str] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 def make_table(data: Dataset) -> Table:
@@ -150,6 +168,7 @@ def train_unit(
     emit: Callable[[Event], None],
     start_weights: Callable[[int, int], Mapping[str, torch.Tensor]] | None = None,
     new_head: bool = False,
+    lesson_of: Callable[[int, np.ndarray, Runtime], Lesson] | None = None,
 ) -> Unit:
     """Train one unit and predict with it, or go on with it from its checkpoint.
 
@@ -165,6 +184,7 @@ def train_unit(
         emit: Takes events.
         start_weights: Weights to start from, by (fold, seed), where the spec says `run:<exp>`.
         new_head: Leave those weights' head aside, since it is of other classes.
+        lesson_of: What teachers say, by fold, labelled rows that are trained on, and runtime; None without teachers.
 
     Returns:
         The finished unit, with nothing stored but `weights.safetensors` and the last checkpoint in its folder.
@@ -175,7 +195,9 @@ def train_unit(
         FoldwiseError: If the folds leave nothing to train on, or weights do not fit.
     """
     try:
-        return _train_unit(spec, table, classes, metric, fold, seed, folder, runtime, emit, start_weights, new_head)
+        return _train_unit(
+            spec, table, classes, metric, fold, seed, folder, runtime, emit, start_weights, new_head, lesson_of
+        )
     except RuntimeError as error:
         # On the CPU it is a plain RuntimeError, known by its words alone.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -201,6 +223,7 @@ def _train_unit(
     emit: Callable[[Event], None],
     start_weights: Callable[[int, int], Mapping[str, torch.Tensor]] | None,
     new_head: bool,
+    lesson_of: Callable[[int, np.ndarray, Runtime], Lesson] | None,
 ) -> Unit:
     key = (seed, fold)
     make_deterministic(runtime.threads)
@@ -217,6 +240,14 @@ def _train_unit(
             "  fix: see `split` in the competition.yaml"
         )
 
+    # Before the seed: teachers' networks are built, which draws. A resumed unit asks again, and gets the same bits.
+    lesson = None if lesson_of is None else lesson_of(fold, train_rows, runtime)
+    labels, learnt_rows = table.labels, train_rows
+    if lesson is not None:
+        # To the sampler and to class weights an image with a pseudo-label is one of its likeliest class.
+        learnt_rows = np.concatenate([train_rows, lesson.rows])
+        labels = labels.copy()
+        labels[lesson.rows] = lesson.taught.targets[lesson.rows].argmax(axis=1)
     torch.manual_seed(torch_seed(Purpose.INIT, *key))
     model = build_model(spec.model, classes=len(classes), channels=table.images.shape[-1])
     if start_weights is not None:
@@ -224,21 +255,22 @@ def _train_unit(
     place(model, runtime)
     prepare = to_input(spec.model, table.images, train_rows).to(runtime.device)
     objective = Supervised(
-        table.labels,
+        labels,
         len(classes),
         loss=spec.loss,
         mixing=spec.mix,
         prepare=prepare,
         runtime=runtime,
-        class_weights=loss_class_weights(spec.loss.class_weights, table.labels[train_rows], len(classes)),
+        class_weights=loss_class_weights(spec.loss.class_weights, labels[learnt_rows], len(classes)),
+        taught=None if lesson is None else lesson.taught,
     )
     batches = Batches(
         table.images,
-        train_rows,
+        learnt_rows,
         Augment(spec.augment, table.images.shape[1:]),
         batch_size=spec.train.batch_size,
         key=key,
-        weights=sampling_weights(spec.sampler, table.labels[train_rows], len(classes)),
+        weights=sampling_weights(spec.sampler, labels[learnt_rows], len(classes)),
     )
 
     def probabilities(scored: nn.Module, rows: np.ndarray, views: Sequence[str]) -> np.ndarray:
@@ -272,7 +304,9 @@ def _train_unit(
         return value if METRICS[name].greater_is_better else -value
 
     def on_start(epoch: int) -> None:
-        emit(UnitStarted(fold, seed, epoch, len(train_rows), len(val_rows)))
+        emit(UnitStarted(fold, seed, epoch, len(learnt_rows), len(val_rows)))
+        for line in () if lesson is None else lesson.told:
+            emit(Message(f"fold {fold}, seed {seed}: {line}"))
         if epoch:
             emit(Message(f"fold {fold}, seed {seed}: goes on after epoch {epoch} of {spec.train.epochs}"))
 
@@ -321,7 +355,8 @@ def _train_unit(
             "score_without_tta": score(true, plain) if len(val_rows) else None,
             "wall_s": round(fitted.wall_s + time.monotonic() - began, 1),
             **_account(fitted, runtime),
-            "n_train": len(train_rows),
+            "n_train": len(learnt_rows),
+            **({} if lesson is None else lesson.info),
             "n_inner": len(watched_rows) if prefix == "inner" else 0,
             "n_val": len(val_rows),
             "weights_sha256": sha256_file(weights),

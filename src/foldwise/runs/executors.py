@@ -142,6 +142,7 @@ def train(job: Job, emit: Emit) -> Outcome:
             emit=pass_on,
             start_weights=None if plan.start is None else plan.start.weights_of,
             new_head=plan.start is not None and plan.start.classes != plan.classes,
+            lesson_of=None if plan.teachers is None else plan.teachers.lesson,
         )
     except FoldwiseError as error:
         return Outcome(job, None, error)

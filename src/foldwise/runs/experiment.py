@@ -101,6 +101,12 @@ def run_experiment(
             )
             for note in folder.notes:
                 emit(Message(note))
+            if options.smoke and plan.teachers is not None:
+                emit(
+                    Message(
+                        "a smoke run asks no teachers: what `from` names is not read, and stand-ins know the labels"
+                    )
+                )
             with closing(
                 make_executor(
                     options.on,
@@ -156,9 +162,16 @@ def seal(plan: Plan, folder: RunFolder, kept: Sequence[Unit], *, tracker: str | 
     Raises:
         RecordError: If a unit is not kept, or does not fit the folds.
     """
-    spec, data, start = plan.spec, plan.data, plan.start
+    spec, data = plan.spec, plan.data
+    origins = [origin for origin in (plan.start, plan.teachers) if origin is not None]
     tuned = ["tuned"] if spec.tuned is not None and spec.tuned.folds_sha256 == plan.folds.sha256 else []
-    marks = [*spec.marks, *(start.marks if start else []), *tuned]
+    marks = [*spec.marks, *(mark for origin in origins for mark in origin.marks), *tuned]
+    external: list[Any] = []
+    for one in (one for origin in origins for one in origin.external):
+        if one not in external:
+            external.append(one)
+    # Every seed of a fold has the same teachers, and so the same pseudo-labels.
+    pseudo = {str(unit.fold): unit.info["n_pseudo"] for unit in kept if "n_pseudo" in unit.info}
     return folder.complete(
         plan.units(),
         folds=plan.folds,
@@ -174,8 +187,9 @@ def seal(plan: Plan, folder: RunFolder, kept: Sequence[Unit], *, tracker: str | 
             "versions": versions(),
             "command": command_line(),
             "tracker": tracker,
-            "external": start.external if start else [],
+            "external": external,
             "marks": list(dict.fromkeys(marks)),
+            **({"n_pseudo": pseudo} if pseudo else {}),
         },
     )
 

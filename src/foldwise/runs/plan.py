@@ -15,6 +15,7 @@ from foldwise.metrics import METRICS, Metric
 from foldwise.records.store import Context, RunFolder
 from foldwise.runs.crossval import Table, make_table, relabelled, smoke_table
 from foldwise.runs.starting import Start, starting_point
+from foldwise.runs.teachers import Teachers, find_teachers, stand_ins
 from foldwise.spec.load import spec_yaml
 from foldwise.spec.model import ExperimentSpec, resolved
 
@@ -35,6 +36,7 @@ class Plan:
         folds: The split, or the two folds of a smoke run.
         context: What the predictions depend on besides the spec.
         start: Weights to start from; None where there are none.
+        teachers: Runs to learn from, or what stands in for them in a smoke run; None where there are none.
     """
 
     root: Path
@@ -48,6 +50,7 @@ class Plan:
     folds: Folds
     context: Context
     start: Start | None
+    teachers: Teachers | None
 
     @property
     def path(self) -> Path:
@@ -92,7 +95,8 @@ def make_plan(root: Path, spec: ExperimentSpec, *, split: int = 0, smoke: bool =
         smoke: One epoch on 64 images in two folds.
 
     Raises:
-        FoldwiseError: If the competition was not taken in, has no such split, or the starting weights will not do.
+        FoldwiseError: If the competition was not taken in, has no such split, or starting weights or teachers will not
+            do.
     """
     data = load_dataset(root, spec.competition, split=split)
     table, classes = relabelled(make_table(data), data.competition.classes, spec.label_map)
@@ -102,6 +106,7 @@ def make_plan(root: Path, spec: ExperimentSpec, *, split: int = 0, smoke: bool =
         labelled = table.labels >= 0
         folds = Folds(table.ids[labelled], table.fold[labelled], table.group[labelled])
     start = starting_point(root, spec.model, data)
+    teachers = _teachers(root, spec, data, table, classes, smoke=smoke)
     made_by = data.competition.split.model_dump(mode="json")
     context = Context(
         competition=spec.competition,
@@ -111,16 +116,31 @@ def make_plan(root: Path, spec: ExperimentSpec, *, split: int = 0, smoke: bool =
         inputs_sha256=data.sha256,
         smoke=smoke,
         start_sha256=None if start is None else start.sha256,
+        teachers_sha256=None if teachers is None else teachers.sha256,
     )
     metric = METRICS[data.competition.metric]
-    return Plan(root, spec, split, smoke, data, table, classes, metric, folds, context, start)
+    return Plan(root, spec, split, smoke, data, table, classes, metric, folds, context, start, teachers)
 
 
 def with_spec(plan: Plan, spec: ExperimentSpec) -> Plan:
     """The same data under another spec of the same competition and classes, without reading the data again."""
     start = starting_point(plan.root, spec.model, plan.data)
-    context = replace(plan.context, start_sha256=None if start is None else start.sha256)
-    return replace(plan, spec=spec, context=context, start=start)
+    teachers = _teachers(plan.root, spec, plan.data, plan.table, plan.classes, smoke=plan.smoke)
+    context = replace(
+        plan.context,
+        start_sha256=None if start is None else start.sha256,
+        teachers_sha256=None if teachers is None else teachers.sha256,
+    )
+    return replace(plan, spec=spec, context=context, start=start, teachers=teachers)
+
+
+def _teachers(
+    root: Path, spec: ExperimentSpec, data: Dataset, table: Table, classes: tuple[str, ...], *, smoke: bool
+) -> Teachers | None:
+    # The two folds of a smoke run are no teacher's: whatever its units left out, they saw these labels.
+    if smoke:
+        return stand_ins(spec, data, table, classes)
+    return find_teachers(root, spec, data, table, classes)
 
 
 def _smoke_spec(spec: ExperimentSpec) -> ExperimentSpec:

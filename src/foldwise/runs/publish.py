@@ -393,6 +393,7 @@ def _opening(run: Run, competition: CompetitionSpec, first: KeptModel) -> str:
 
 _MARKS = {
     "optimistic": "the scored images themselves chose the epoch or ended the training, so the score is too high",
+    "transductive": "the pixels of the unlabelled test images were trained on, with labels by other models",
 }
 
 

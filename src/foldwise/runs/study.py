@@ -27,7 +27,7 @@ from foldwise.errors import FoldwiseError
 from foldwise.files import sha256_json
 from foldwise.runs.events import TrialDone
 from foldwise.runs.provenance import without_password
-from foldwise.spec.load import differences
+from foldwise.spec.load import differences, with_defaults
 from foldwise.spec.model import TuneSpec
 from foldwise.spec.space import Parameter, size
 
@@ -395,7 +395,7 @@ def open_search(
             if not search.waiting:
                 study.enqueue_trial(search._labels(own))
             study.set_user_attr("identity", dict(identity))  # last: the study is whole
-        elif lines := differences(study.user_attrs["identity"], dict(identity)):
+        elif lines := differences(_with_defaults(study.user_attrs["identity"]), dict(identity)):
             search.close()
             changed = "\n".join(f"  {line}" for line in lines)
             raise FoldwiseError(
@@ -403,6 +403,13 @@ def open_search(
                 "  fix: change it back, or FRESH=1 (--fresh) deletes the study and begins anew"
             )
     return search
+
+
+def _with_defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as it was kept, the keys that specs have come to know since being at their defaults."""
+    kept = identity["spec"]
+    spec = with_defaults({"name": "study", **kept})
+    return {**identity, "spec": {key: value for key, value in spec.items() if key != "name" or key in kept}}
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:

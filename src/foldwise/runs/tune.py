@@ -712,7 +712,11 @@ class _Tuner:
     def _second_split(self, tuned: ExperimentSpec | None) -> dict[str, Any] | None:
         if tuned is None or self.plan.data.competition.split.repeats < 2:
             return None
-        return second_split(make_plan(self.root, self.spec, split=1), tuned)
+        try:
+            plan = make_plan(self.root, self.spec, split=1)
+        except RecordError:  # what it starts or learns from is of the first split
+            return None
+        return second_split(plan, tuned)
 
     # What the study is ------------------------------------------------------------------------------------------------
 

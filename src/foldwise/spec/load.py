@@ -56,10 +56,12 @@ def load_experiment(
     document, locs, faults = _overridden(read_yaml(path), overrides)
     spec, schema_faults = check(document, ExperimentSpec)
     faults += schema_faults
-    faults += _reference_faults(document, path.stem, root)
     trained = {loc for loc in locs if loc[0] != "tune"}
+    # An overridden spec is never run under its file's name, and may build on what was.
+    own = name if name is not None else "" if trained else path.stem
+    faults += _reference_faults(document, path.stem, own, root)
     if tuning or not trained:
-        faults += _tune_faults(document, path.stem, root)
+        faults += _tune_faults(document, own, root)
     if name is not None:
         faults += _name_faults(name, path.stem, bool(trained), root)
     if spec is None or faults:
@@ -192,7 +194,7 @@ def _loc_of_override(tree: Any, key: str) -> Loc:
 # What a spec refers to ------------------------------------------------------------------------------------------------
 
 
-def _reference_faults(document: Document, stem: str, root: Path) -> Iterator[Fault]:
+def _reference_faults(document: Document, stem: str, own: str, root: Path) -> Iterator[Fault]:
     spec = document.value
     if isinstance(name := spec.get("name"), str) and name != stem:
         yield document.fault(("name",), f"`name` must be the file's stem, but got {name!r}", f"write `name: {stem}`")
@@ -207,16 +209,16 @@ def _reference_faults(document: Document, stem: str, root: Path) -> Iterator[Fau
             near = did_you_mean(competition, known)
             fix = f"{near} if not, `{make}` reads it in" if near else f"`{make}`"
             yield document.fault(("competition",), f"there is no competition `{competition}` in inputs/", fix)
-    for complaint in _complaints(spec, described, stem, root):
+    for complaint in _complaints(spec, described, own, root):
         yield document.fault(complaint.loc, complaint.what, complaint.fix, on_key=complaint.on_key)
 
 
-def _tune_faults(document: Document, stem: str, root: Path) -> Iterator[Fault]:
+def _tune_faults(document: Document, own: str, root: Path) -> Iterator[Fault]:
     tune = document.value.get("tune")
     if not isinstance(tune, dict):
         return
     described = _described(document.value, root)
-    yield from space_faults(document, lambda tree: _complaints(tree, described, stem, root))
+    yield from space_faults(document, lambda tree: _complaints(tree, described, own, root))
     kind = _mapping((described or {}).get("split")).get("kind", "kfold")
     folds = _list(_mapping(tune.get("fidelity")).get("folds"))
     if kind == "full":
@@ -227,13 +229,19 @@ def _tune_faults(document: Document, stem: str, root: Path) -> Iterator[Fault]:
         yield document.fault(("tune", "fidelity", "folds"), what, "remove it")
 
 
-def _complaints(spec: dict[str, Any], described: dict[str, Any] | None, stem: str, root: Path) -> Iterator[Complaint]:
-    """What the libraries would refuse, and weights of a run that is not there."""
+def _complaints(spec: dict[str, Any], described: dict[str, Any] | None, own: str, root: Path) -> Iterator[Complaint]:
+    """What the libraries would refuse, and runs that are not there; `own` is the name that the spec is run under."""
     channels = _mapping((described or {}).get("image")).get("channels")
     yield from complaints(spec, root, channels=channels if isinstance(channels, int) else None)
     weights = _mapping(spec.get("model")).get("weights")
     if isinstance(weights, str) and weights.startswith("run:"):
-        yield from _source_complaints(weights.removeprefix("run:"), stem, root)
+        what = "an experiment cannot start from its own weights"
+        yield from _source_complaints(weights.removeprefix("run:"), "run:", ("model", "weights"), what, own, root)
+    for section in ("pseudo", "distill"):
+        for index, name in enumerate(_list(_mapping(spec.get(section)).get("from"))):
+            if isinstance(name, str):
+                what = "an experiment cannot be its own teacher"
+                yield from _source_complaints(name, "", (section, "from", index), what, own, root)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -273,18 +281,19 @@ def _label_map_faults(document: Document, competition: str, classes: list[str]) 
         yield document.fault(("label_map",), what, f"map it to itself where it stays; {theirs}", on_key=True)
 
 
-def _source_complaints(source: str, stem: str, root: Path) -> Iterator[Complaint]:
-    if source == stem:
-        yield Complaint(("model", "weights"), "an experiment cannot start from its own weights", "name another")
+def _source_complaints(source: str, prefix: str, loc: Loc, of_itself: str, own: str, root: Path) -> Iterator[Complaint]:
+    """A run that a spec builds on, written as `prefix` and its name, must be another one, and known."""
+    if source == own:
+        yield Complaint(loc, of_itself, "name another")
         return
     if not EXPERIMENT_NAME.fullmatch(source):
         return  # the schema speaks of it
     known = {path.stem for path in (root / "experiments").glob("*.yaml")}
     known |= {path.parent.name for path in (root / "oof").glob("*/run.json")}
     if source not in known:
-        near = nearest(source, sorted(known - {stem}))
-        fix = f"did you mean `run:{near}`?" if near else f"train experiments/{source}.yaml first"
-        yield Complaint(("model", "weights"), f"there is no experiment or run `{source}`", fix)
+        near = nearest(source, sorted(known - {own}))
+        fix = f"did you mean `{prefix}{near}`?" if near else f"train experiments/{source}.yaml first"
+        yield Complaint(loc, f"there is no experiment or run `{source}`", fix)
 
 
 def _name_faults(name: str, stem: str, overridden: bool, root: Path) -> Iterator[Fault]:

@@ -154,6 +154,56 @@ class TrainSpec(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads of a unit; null: all cores. Bits depend on it.")
 
 
+class TeachersSpec(Section):
+    """Base of the sections that learn from kept runs: which runs these are."""
+
+    # `from` is a keyword of Python, so that this field cannot be written as the others are.
+    __annotations__ = {
+        "from": Annotated[
+            tuple[str, ...],
+            Field(
+                min_length=1,
+                description="Kept k-fold runs on the same folds and classes, averaged; fold k asks their fold k alone.",
+            ),
+        ]
+    }
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The runs under the key `from`."""
+        names: tuple[str, ...] = getattr(self, "from")
+        return names
+
+    @field_validator("from")
+    @classmethod
+    def _distinct_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not EXPERIMENT_NAME.fullmatch(name):
+                raise ValueError(f"expected names of kept runs, but got {name!r}")
+        if len(set(value)) != len(value):
+            raise ValueError(f"expected distinct runs, but got {list(value)}")
+        return value
+
+
+class PseudoSpec(TeachersSpec):
+    """Pseudo-labels (Lee 2013): the unlabelled images join the training fold with what the teachers say of them."""
+
+    min_confidence: Share = Field(
+        0.9, description="Only images to whose likeliest class the teachers' mean gives at least this probability."
+    )
+    hard: bool = Field(True, description="true: the likeliest class is the label; false: the mean is a soft one.")
+    weight: Positive = Field(1.0, description="Weight of such an image in the loss, a labelled one having 1.")
+
+
+class DistillSpec(TeachersSpec):
+    """Distillation (Hinton et al. 2015): also match what the teachers say of the images that are trained on."""
+
+    weight: float = Field(0.7, gt=0, le=1, description="Share of the teachers in the loss; the labels have the rest.")
+    temperature: float = Field(
+        2.0, ge=1, le=20, description="Softens teachers and student alike before they are compared; 1 leaves them."
+    )
+
+
 class RangeSpec(Section):
     """Numbers from `low` to `high`, both ends included."""
 
@@ -292,6 +342,10 @@ class ExperimentSpec(Section):
     optim: OptimSpec
     schedule: ScheduleSpec = ScheduleSpec()
     train: TrainSpec
+    pseudo: PseudoSpec | None = Field(
+        None, description="Train on the unlabelled images too, labelled by kept runs; marks the run `transductive`."
+    )
+    distill: DistillSpec | None = Field(None, description="Match the predictions of kept runs, besides the labels.")
     tta: tuple[str, ...] = Field(("identity", "hflip"), min_length=1, description="Views averaged in probability.")
     tune: TuneSpec | None = Field(None, description="How `make tune` searches; a run takes no notice of it.")
     tuned: TunedSpec | None = Field(None, description="Written by `make tune` into the spec of a study's winner.")
@@ -364,8 +418,12 @@ class ExperimentSpec(Section):
 
     @property
     def marks(self) -> list[str]:
-        """Marks that follow from the spec alone: `optimistic` where the scored fold is watched."""
-        return ["optimistic"] if self.watches and self.train.watch == "scored" else []
+        """Marks that follow from the spec alone.
+
+        `optimistic` where the scored fold is watched, `transductive` where unlabelled images are trained on.
+        """
+        marks = ["optimistic"] if self.watches and self.train.watch == "scored" else []
+        return [*marks, "transductive"] if self.pseudo is not None else marks
 
 
 def mapped_classes(classes: Sequence[str], label_map: Mapping[str, str] | None) -> tuple[tuple[str, ...], list[int]]:
