@@ -484,7 +484,7 @@ def _unlike(first: Run, other: Run) -> list[Fault]:
 
 
 def _compared(run: Run, metric: Metric) -> Compared:
-    units = _history(run)
+    units = read_curves(run)
     column = "val_loss" if metric.name == "log_loss" else f"val_{metric.name}"
     counts = confusion_matrix(run.labels, run.probs)
     hits, support = counts.diagonal(), counts.sum(axis=1)
@@ -531,7 +531,7 @@ def _images(run: Run, root: Path, notes: list[str]) -> Dataset | None:
     return data
 
 
-def _history(run: Run) -> dict[Unit, dict[str, NDArray[np.float64]]]:
+def read_curves(run: Run) -> dict[Unit, dict[str, NDArray[np.float64]]]:
     """The run's `history.csv` as columns of each unit; NaN where a cell is empty or not finite."""
     path = run.path / "history.csv"
     where = shown(path)
@@ -582,7 +582,7 @@ def kept_epoch(columns: Columns, train: Mapping[str, Any], metric: Metric) -> in
 
 
 def _write_history_picture(run: Run, path: Path) -> None:
-    units = _history(run)
+    units = read_curves(run)
     spec: dict[str, Any] = read_yaml(run.path / "spec.yaml").value
     metric = METRICS[run.info["metric"]]
     kept = {key: kept_epoch(columns, spec.get("train", {}), metric) for key, columns in units.items()}
