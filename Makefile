@@ -36,6 +36,7 @@ FORCE  ?=
 JSON   ?=
 CSV    ?=
 HTML   ?=
+PICTURES ?=
 METHOD ?=
 PRIOR  ?=
 export DEVICE TRACK WANDB_PROJECT STORAGE RAY_ADDRESS
@@ -82,6 +83,13 @@ report: $(READY)  ## draw the report of a kept run anew, into oof/<exp>/report/:
 plot: $(READY)  ## draw kept runs side by side, into oof/comparison.png: RUNS=a,b
 	@$(if $(RUNS),,$(error say which: make plot RUNS=a,b))$(RUN) plot $(subst $(COMMA), ,$(RUNS))
 
+compare: $(READY)  ## tell kept runs apart, which differences are real and what blends: [COMP=aspicv] [RUNS=a,b] [JSON=1|CSV=1|HTML=1 PICTURES=0]
+	@$(RUN) compare --comp $(COMP) $(if $(RUNS),--runs $(RUNS)) $(if $(JSON),--json) $(if $(CSV),--csv) \
+	  $(if $(HTML),--html $(if $(filter-out 1,$(HTML)),"$(HTML)")) $(if $(filter 0,$(PICTURES)),--no-pictures)
+
+drift: $(READY)  ## ask whether training and test images can be told apart: [COMP=aspicv]
+	@$(RUN) drift --comp $(COMP)
+
 explain: $(READY)  ## draw what a kept run looks at, into oof/<exp>/report/explain.png: EXP=<name> [IDS=1,2,3] [N=16]
 	@$(if $(EXP),,$(error say which: make explain EXP=baseline_cnn))$(RUN) explain $(EXP) $(if $(IDS),--ids '$(IDS)') $(if $(N),--count $(N))
 
@@ -93,9 +101,9 @@ publish: $(READY)  ## push a kept run to the Hugging Face Hub: EXP=<name> REPO=<
 	@$(if $(and $(EXP),$(REPO)),,$(error say what and where: make publish EXP=baseline_cnn REPO=<owner>/<name>))$(RUN) publish $(EXP) --repo $(REPO) \
 	  $(if $(PRIVATE),--private) $(if $(LICENSE),--license $(LICENSE))
 
-submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=aspicv] [RUNS=a,b] [KAGGLE=<slug> MESSAGE= FORCE=1]; or record a score: SCORE=0.64|kaggle [IMAGES=30%] [OF=<hash>]
-	@$(RUN) submit --comp $(COMP) $(if $(RUNS),--runs $(RUNS)) $(if $(SCORE),--score "$(SCORE)") $(if $(IMAGES),--images "$(IMAGES)") \
-	  $(if $(OF),--of "$(OF)") $(if $(KAGGLE),--kaggle "$(KAGGLE)") $(if $(MESSAGE),--message "$(MESSAGE)") $(if $(FORCE),--force)
+submit: $(READY)  ## blend the kept runs into submissions/submission.csv: [COMP=aspicv] [RUNS=a,b] [METHOD=stack] [PRIOR=train|test] [KAGGLE=<slug> MESSAGE= FORCE=1]; or record a score: SCORE=0.64|kaggle [IMAGES=30%] [OF=<hash>]
+	@$(RUN) submit --comp $(COMP) $(if $(RUNS),--runs $(RUNS)) $(if $(METHOD),--method $(METHOD)) $(if $(PRIOR),--prior $(PRIOR)) \
+	  $(if $(SCORE),--score "$(SCORE)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(OF),--of "$(OF)") $(if $(KAGGLE),--kaggle "$(KAGGLE)") $(if $(MESSAGE),--message "$(MESSAGE)") $(if $(FORCE),--force)
 
 submissions: $(READY)  ## list the submissions, what was expected and what they scored: [COMP=aspicv] [JSON=1]
 	@$(RUN) submissions --comp $(COMP) $(if $(JSON),--json)

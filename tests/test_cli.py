@@ -19,10 +19,13 @@ import pandas as pd
 import pytest
 import torch
 
-from foldwise.cli import main
+from foldwise.cli import BLENDS, CORRECTIONS, main
 from foldwise.data.demo import draw_demo
 from foldwise.files import sha256_file
+from foldwise.records.calibration import PRIORS
+from foldwise.records.ensemble import METHODS
 from foldwise.records.store import load_run
+from foldwise.records.submission import predict_as_described
 
 REPO = Path(__file__).resolve().parents[1]
 REAL = REPO / ".." / "shared" / "data" / "aspicv"
@@ -463,13 +466,16 @@ def _changed(path: Path, before: int) -> bool:
 # Submissions ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_command_knows_every_way_to_blend() -> None:
+    assert (BLENDS, CORRECTIONS) == (METHODS, PRIORS)
+
+
 def recomputed_labels(root: Path, blend: dict[str, Any]) -> pd.Series:
     """The labels of a blend, from its members' weights and their test.csv alone."""
     tables = [read_csv(root / "oof" / member["run"] / "test.csv").set_index("id") for member in blend["members"]]
-    weights = [member["weight"] for member in blend["members"]]
-    assert sum(weights) == pytest.approx(1)
-    total = sum(weight * table.loc[tables[0].index] for weight, table in zip(weights, tables, strict=True))
-    return total.idxmax(axis=1).str.removeprefix("p_")
+    assert sum(member["weight"] for member in blend["members"]) == pytest.approx(1, abs=1e-5)
+    probs = predict_as_described(blend, [table.loc[tables[0].index].to_numpy() for table in tables])
+    return pd.Series([blend["classes"][index] for index in probs.argmax(axis=1)], index=tables[0].index)
 
 
 def test_a_submission_holds_the_blends_labels_for_every_test_image(
@@ -489,6 +495,7 @@ def test_a_submission_holds_the_blends_labels_for_every_test_image(
     assert set(blend) == {
         "schema_version", "competition", "metric", "method", "members", "considered", "estimate", "naive",
         "expectation", "classes", "counts", "folds_sha256", "submission_sha256", "marks", "external",
+        "weights_are", "bias", "calibration", "prior", "choice", "tried",
     }  # fmt: skip
     assert (blend["competition"], blend["metric"], blend["considered"]) == ("demo", "accuracy", ["tiny", "wide"])
     assert blend["submission_sha256"] == sha256_file(folder / "submission.csv")

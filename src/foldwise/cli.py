@@ -13,17 +13,22 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from foldwise.errors import FoldwiseError
 
 if TYPE_CHECKING:
-    from foldwise.records.ensemble import Blend
+    from foldwise.records.calibration import Prior
+    from foldwise.records.ensemble import Method
     from foldwise.runs.events import Listener
     from foldwise.spec.model import ExperimentSpec
 
 DEMO_EXPERIMENTS = ("demo_cnn", "demo_vit")
+# `ensemble.METHODS` and `calibration.PRIORS`, written out: no command waits for numpy to be parsed.
+BLENDS = ("best", "mean", "caruana", "logit_mean", "stack")
+CORRECTIONS = ("none", "train", "test")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
     submit.add_argument("--runs", type=lambda text: text.split(","), help="only these runs, e.g. a,b (default: all)")
 
+    submit.add_argument("--method", choices=BLENDS, help="blend in this way (default: the data choose)")
+    submit.add_argument(
+        "--prior",
+        choices=CORRECTIONS,
+        default="none",
+        help="correct class probabilities to the labels' shares (train), or to those of the test images (test)",
+    )
     submit.add_argument("--kaggle", metavar="SLUG", help="upload it to this Kaggle competition")
     submit.add_argument("--message", help="with --kaggle: what to say with it (default: members and estimate)")
     submit.add_argument("--force", action="store_true", help="with --kaggle: upload the same bytes again")
@@ -117,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     listed = command("submissions", _submissions, "list the submissions: what was expected, and what they scored")
     listed.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
     listed.add_argument("--json", action="store_true", help="print it as JSON")
+
+    drifted = command("drift", _drift, "ask whether training and test images can be told apart")
+    drifted.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
 
     sync = command("sync", _sync, "send to W&B what runs kept on disk")
     sync.add_argument("experiment", nargs="?", metavar="EXP", help="only this one (default: all)")
@@ -142,6 +157,22 @@ def _parser() -> argparse.ArgumentParser:
     plot = command("plot", _plot, "draw kept runs side by side: scores, curves, recall of each class")
     plot.add_argument("runs", nargs="+", metavar="EXP", help="names of kept runs")
     plot.add_argument("--out", type=Path, help="the PNG (default: oof/comparison.png)")
+
+    compare = command("compare", _compare, "tell kept runs apart: scores, which differences are real, what blends")
+    compare.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
+    compare.add_argument("--runs", type=lambda text: text.split(","), help="only these runs, e.g. a,b (default: all)")
+    form = compare.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print every figure as JSON")
+    form.add_argument("--csv", action="store_true", help="print a line a run as CSV")
+    form.add_argument(
+        "--html",
+        nargs="?",
+        type=Path,
+        const=Path("oof/compare.html"),
+        metavar="FILE",
+        help="write one page that needs no network (default: oof/compare.html)",
+    )
+    compare.add_argument("--no-pictures", action="store_true", help="with --html: leave the images out of the page")
 
     explain = command("explain", _explain, "draw what a kept run looks at: heat maps over mistakes and right answers")
     explain.add_argument("experiment", metavar="EXP", help="a kept run with its weights")
@@ -410,6 +441,27 @@ def _plot(root: Path, options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.records.compare import compare, render, to_csv, to_json
+
+    if options.no_pictures and not options.html:
+        raise FoldwiseError("--no-pictures has no effect alone\n  fix: give --html too")
+    comparison = compare(root, options.comp, options.runs)
+    if options.json or options.csv:
+        _say((to_json if options.json else to_csv)(comparison).rstrip("\n"))
+        return 0
+    if options.html:
+        from foldwise.show.page import write_page
+
+        path = write_page(comparison, root / options.html, root=root, pictures=not options.no_pictures)
+        _say(f"written  {path}")
+        return 0
+    from rich.console import Console
+
+    Console(highlight=False).print(render(comparison))
+    return 0
+
+
 def _explain(root: Path, options: argparse.Namespace) -> int:
     from foldwise.learn.device import pick_runtime
     from foldwise.show.explain import explain
@@ -440,8 +492,7 @@ def _submit(root: Path, options: argparse.Namespace) -> int:
     if options.score is not None:
         return _record_score(root, options)
     if options.of is None:
-        blended, path = _blend(root, options.comp, options.runs, root / "submissions")
-        _say(*_blend_lines(blended, path, root))
+        _blend(root, options.comp, root / "submissions", options.runs, options.method, options.prior)
     if options.kaggle is not None:
         from foldwise.data.competition import load_competition
         from foldwise.records.history import read_history
@@ -470,7 +521,8 @@ def _refuse_stray(options: argparse.Namespace) -> None:
         if getattr(options, name) and not any(getattr(options, partner) for partner in partners):
             wanted = " or ".join(f"--{partner}" for partner in partners)
             raise FoldwiseError(f"--{name} has no effect alone\n  fix: give {wanted} too")
-    for first, second in (("score", "kaggle"), ("score", "runs"), ("of", "runs")):
+    together = [("score", "kaggle"), *product(("score", "of"), ("runs", "method"))]
+    for first, second in together:
         if getattr(options, first) and getattr(options, second):
             raise FoldwiseError(f"--{first} and --{second} do not go together\n  fix: one after the other")
 
@@ -502,19 +554,35 @@ def _submissions(root: Path, options: argparse.Namespace) -> int:
     return 0
 
 
+def _drift(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.show.drift import drift, drift_lines, write_drift
+
+    found = drift(root, options.comp)
+    paths = write_drift(found, root)
+    _say(*drift_lines(found), f"written  {', '.join(path.relative_to(root).as_posix() for path in paths)}")
+    return 0
+
+
 def _sync(root: Path, options: argparse.Namespace) -> int:
     from foldwise.runs.sync import sync_runs
 
     return 3 if sync_runs(root, options.experiment, say=_say).failed else 0
 
 
-def _blend(root: Path, competition: str, names: Sequence[str] | None, folder: Path) -> tuple[Blend, Path]:
+def _blend(
+    root: Path,
+    competition: str,
+    folder: Path,
+    names: Sequence[str] | None = None,
+    method: Method | None = None,
+    prior: Prior = "none",
+) -> Path:
     from foldwise.data.competition import competition_folder, load_competition
     from foldwise.data.folds import natural_order, read_folds
     from foldwise.metrics import METRICS
-    from foldwise.records.ensemble import blend
+    from foldwise.records.ensemble import METHODS, blend
     from foldwise.records.store import list_runs
-    from foldwise.records.submission import write_submission
+    from foldwise.records.submission import blend_lines, write_submission
 
     spec = load_competition(root, competition)
     runs, skipped = list_runs(root, competition)
@@ -530,7 +598,8 @@ def _blend(root: Path, competition: str, names: Sequence[str] | None, folder: Pa
         raise FoldwiseError(f"there is no complete run of `{competition}` to submit\n  fix: make exp EXP=<experiment>")
     folds = read_folds(competition_folder(root, competition) / "folds.csv")
     groups = dict(zip(folds.ids.tolist(), folds.group.tolist(), strict=True))
-    blended = blend(runs, metric=METRICS[spec.metric], groups=groups)
+    methods = METHODS if method is None else (method,)
+    blended = blend(runs, metric=METRICS[spec.metric], groups=groups, methods=methods, prior=prior)
     ids = spec.submission_ids or tuple(natural_order(blended.test_ids.tolist()))
     path = write_submission(
         folder,
@@ -540,32 +609,9 @@ def _blend(root: Path, competition: str, names: Sequence[str] | None, folder: Pa
         label_column=spec.columns.label,
         now=datetime.now(),
     )
-    return blended, path
-
-
-def _blend_lines(blended: Blend, path: Path, root: Path) -> list[str]:
-    width = max(len(member.run.name) for member in blended.members)
-    low, high = blended.interval
-    right, margin = blended.expected_right(len(blended.test_ids))
-    lines = [f"{'member':<{width}}  weight  OOF {blended.metric}"]
-    lines += [
-        f"{member.run.name:<{width}}  {member.weight:6.3f}  {member.score:.4f} +- {member.standard_error:.4f}"
-        for member in blended.members
-    ]
-    lines += [
-        f"method       {blended.method}, of {len(blended.considered)} runs",
-        f"estimate     {blended.score:.4f} +- {blended.standard_error:.4f}, "
-        f"{blended.level:.0%} interval {low:.4f} to {high:.4f}",
-        f"             {blended.note}",
-        f"naive        {blended.naive:.4f} (scored on the rows that chose the weights: not to be trusted)",
-        f"expect       {right} +- {margin} of {len(blended.test_ids)} test images right",
-    ]
-    if blended.marks:
-        lines.append(f"marks        {', '.join(blended.marks)}")
-    lines.append(
-        f"written      {path.parent.relative_to(root)}/submission.csv, blend.json; kept in {path.relative_to(root)}"
-    )
-    return lines
+    newest, kept = folder.relative_to(root), path.relative_to(root)
+    _say(*blend_lines(blended), f"written      {newest}/submission.csv, blend.json; kept in {kept}")
+    return path
 
 
 def _demo(root: Path, options: argparse.Namespace) -> int:
@@ -585,8 +631,8 @@ def _demo(root: Path, options: argparse.Namespace) -> int:
     call = _parser().parse_args(["exp", "demo", *(["--fresh"] if options.fresh else [])])
     for name in DEMO_EXPERIMENTS:
         _run(root, _load(root, name, call), call)
-    blended, path = _blend(root, "demo", None, root / "submissions" / "demo")
-    _say("", *_blend_lines(blended, path, root))
+    _say("")
+    path = _blend(root, "demo", root / "submissions" / "demo")
     with answers.open(newline="") as file:
         truth = {row["id"]: row["label"] for row in csv.DictReader(file)}
     with (path / "submission.csv").open(newline="") as file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
@@ -18,9 +19,9 @@ from hypothesis import strategies as st
 
 from foldwise.errors import RecordError
 from foldwise.metrics import METRICS
-from foldwise.records.ensemble import blend
-from foldwise.records.store import list_runs
-from foldwise.records.submission import check_submission, write_submission
+from foldwise.records.ensemble import METHODS, Trial, blend
+from foldwise.records.store import list_runs, load_run
+from foldwise.records.submission import blend_lines, check_submission, predict_as_described, write_submission
 
 NOW = datetime(2025, 3, 4, 15, 6, 7)
 GOOD = "id,label\n7,happy\n8,sad\n9,happy\n"
@@ -37,6 +38,11 @@ def blended(project):
     for index in range(3):
         project.keep(f"run{index}", salt=index, skill=1 + index, info={"marks": ["optimistic"] if index else []})
     return blend(list_runs(project.root, "toy")[0], metric=METRICS["accuracy"], groups=project.groups)
+
+
+def blend_of_three(blended):
+    """The same blend with all of three members, whatever it chose."""
+    return replace(blended, members=(blended.members * 3)[:3])
 
 
 def write(project, result, **changes):
@@ -109,10 +115,6 @@ def test_a_submission_is_what_the_blend_says(project, blended):
     assert path == project.root / "submissions" / f"20250304-150607-{digest[:8]}"
     frame = pd.read_csv(path / "submission.csv", dtype=str)
     assert frame["id"].tolist() == project.test_ids.tolist()
-    mean = np.zeros((12, 3))
-    for member in blended.members:
-        mean += member.weight * pd.read_csv(member.run.path / "test.csv").filter(like="p_").to_numpy()
-    assert frame["label"].tolist() == [blended.classes[index] for index in mean.argmax(axis=1)]
     for name in ("submission.csv", "blend.json"):
         assert (project.root / "submissions" / name).read_bytes() == (path / name).read_bytes()
     assert (
@@ -121,6 +123,80 @@ def test_a_submission_is_what_the_blend_says(project, blended):
         )
         == []
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("prior", ["none", "train", "test"])
+def test_the_description_is_enough_to_make_the_submission_again(project, blended, method, prior):
+    runs = [load_run(path) for path in sorted((project.root / "oof").iterdir())]
+    result = blend(runs, metric=METRICS["accuracy"], groups=project.groups, methods=(method,), prior=prior)
+    path = write(project, result)
+    told = json.loads((path / "blend.json").read_text())
+    frame = pd.read_csv(path / "submission.csv", dtype=str)
+    tables = [
+        pd.read_csv(project.root / "oof" / member["run"] / "test.csv", dtype={"id": str}).set_index("id")
+        for member in told["members"]
+    ]
+    probs = [table.loc[frame["id"]].to_numpy() for table in tables]
+    again = predict_as_described(told, probs)
+    assert frame["label"].tolist() == [told["classes"][index] for index in again.argmax(axis=1)]
+    assert again == pytest.approx(result.test_probs, abs=1e-8)
+
+
+def test_a_description_of_the_first_schema_averages_probabilities():
+    told = {"method": "caruana", "classes": ["a", "b"], "members": [{"weight": 0.75}, {"weight": 0.25}]}
+    probs = [np.array([[0.8, 0.2]]), np.array([[0.0, 1.0]])]
+    assert predict_as_described(told, probs) == pytest.approx(np.array([[0.6, 0.4]]), abs=1e-6)
+
+
+def test_what_is_told_of_a_blend(blended):
+    members = [
+        replace(member, weight=weight, score=0.5, standard_error=0.01, gain=gain, gain_standard_error=gain and 0.004)
+        for member, weight, gain in zip(
+            blend_of_three(blended).members, (0.6, 0.3, 0.1), (0.02, -0.001, None), strict=True
+        )
+    ]
+    trials = (Trial("best", 0.5, 0.01, 0.0, 0.0), Trial("stack", 0.52, 0.011, 0.02, 0.006))
+    result = replace(
+        blended,
+        members=tuple(members),
+        method="stack",
+        trials=trials,
+        fold_methods={0: "stack", 1: "best", 2: "stack"},
+        score=0.52,
+        standard_error=0.012,
+        interval=(0.4967, 0.5433),
+        naive=0.55,
+        accuracy=0.52,
+        accuracy_standard_error=0.012,
+    )
+    names = [member.run.name for member in members]
+    assert blend_lines(result) == [
+        "member  weight  OOF accuracy        gain from it",
+        f"{names[0]}     0.600  0.5000 +- 0.0100  +0.0200 +- 0.0040",
+        f"{names[1]}     0.300  0.5000 +- 0.0100  -0.0010 +- 0.0040",
+        f"{names[2]}     0.100  0.5000 +- 0.0100",
+        "",
+        "tried       cross-fitted       over best",
+        "best        0.5000 +- 0.0100",
+        "stack       0.5200 +- 0.0110  +0.0200 +- 0.0060  <- taken",
+        "",
+        "method       stack, of 3 runs",
+        f"             {result.choice}",
+        "             weights: the share of the blend's logits that comes from each run",
+        "             chosen without one of the 3 folds: best in 1",
+        "estimate     0.5200 +- 0.0120, 95% interval 0.4967 to 0.5433",
+        f"             {result.note}",
+        "naive        0.5500 (scored on the rows that chose the weights: not to be trusted)",
+        "expect       6 +- 3 of 12 test images right",
+        "marks        optimistic",
+    ]
+
+
+def test_members_beyond_a_screenful_are_counted(blended):
+    members = [replace(blended.members[0], weight=1 / 20) for _ in range(20)]
+    lines = blend_lines(replace(blended, members=tuple(members)))
+    assert lines[13] == "and 8 more, with 0.400 of the weight"
 
 
 def test_the_description_tells_what_to_expect(project, blended):
@@ -135,6 +211,10 @@ def test_the_description_tells_what_to_expect(project, blended):
     assert told["estimate"]["interval"] == list(blended.interval)
     assert "conditional on the trained models" in told["estimate"]["note"]
     assert told["naive"] == blended.naive
+    assert [trial["method"] for trial in told["tried"]] == list(METHODS)
+    assert told["members"][0]["marginal_gain"] == blended.members[0].gain
+    assert told["prior"] == {"kind": "none", "correction": None}
+    assert told["choice"] == blended.choice
     right, margin = blended.expected_right(12)
     assert told["expectation"]["text"] == f"expect {right} +- {margin} right of 12"
     assert sum(told["counts"].values()) == 12

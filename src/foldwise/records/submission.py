@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,11 +19,15 @@ import numpy as np
 
 from foldwise.errors import Fault, RecordError
 from foldwise.files import atomic_write, pretty_json, sha256_bytes
-from foldwise.records.ensemble import Blend
-from foldwise.records.store import rows_of
+from foldwise.metrics import LOG_LOSS_EPS
+from foldwise.records.ensemble import Blend, Correction, Recipe
+from foldwise.records.store import Probs64, rows_of
 
-SCHEMA_VERSION = 1
+# 2 added how to calibrate and what was tried; whatever 1 has is there as it was.
+SCHEMA_VERSION = 2
 _SUBMISSION, _BLEND = "submission.csv", "blend.json"
+# Members that are printed; the rest are counted.
+_LISTED = 12
 
 
 def check_submission(
@@ -152,6 +157,87 @@ def write_submission(
     return path
 
 
+def predict_as_described(told: Mapping[str, Any], probs: Sequence[Probs64]) -> Probs64:
+    """Blend predictions in the way that a `blend.json` tells.
+
+    Args:
+        told: The content of the file.
+        probs: Predictions (N, C) of each of its members, in their order there, of the same images.
+
+    Returns:
+        (N, C) float64; of the members' `test.csv` the probabilities that gave `submission.csv`.
+    """
+    members, classes = told["members"], len(told["classes"])
+    weights = np.array([member["weight"] for member in members])
+    recipe = Recipe(
+        method="best" if told["method"] == "single" else told["method"],
+        coefficients=np.array([member.get("coefficient", member["weight"]) for member in members]),
+        # The first schema averaged probabilities as they were.
+        temperatures=np.array([member.get("temperature", 1.0) for member in members]),
+        bias=np.array(told.get("bias", [0.0] * classes)),
+        shares=weights,
+    )
+    correction = told.get("prior", {}).get("correction")
+    if correction is None:
+        return recipe.predict(probs, None)
+    return recipe.predict(probs, Correction(correction["exponent"], tuple(correction["factors"])))
+
+
+def blend_lines(blend: Blend) -> list[str]:
+    """What to tell of a blend: its members, the methods that were tried, the estimate and what to expect."""
+    listed = blend.members[:_LISTED]
+    width = max(len(name) for name in ("member", *(member.run.name for member in listed)))
+    gained = any(member.gain is not None for member in listed)
+    lines = [f"{'member':<{width}}  weight  OOF {blend.metric:<14}" + ("  gain from it" if gained else "")]
+    for member in listed:
+        line = f"{member.run.name:<{width}}  {member.weight:6.3f}  {_with_error(member.score, member.standard_error)}"
+        if member.gain is not None and member.gain_standard_error is not None:
+            line += f"  {_with_error(member.gain, member.gain_standard_error, sign='+')}"
+        lines.append(line)
+    if rest := blend.members[_LISTED:]:
+        lines.append(f"and {len(rest)} more, with {sum(member.weight for member in rest):.3f} of the weight")
+    lines = [line.rstrip() for line in lines]
+    if len(blend.trials) > 1:
+        lines += ["", f"tried       cross-fitted       over {blend.trials[0].method}"]
+        for trial in blend.trials:
+            line = f"{trial.method:<10}  {_with_error(trial.score, trial.standard_error)}"
+            if trial is not blend.trials[0]:
+                line += f"  {_with_error(trial.gain, trial.gain_standard_error, sign='+')}"
+            lines.append(line + ("  <- taken" if trial.method == blend.method else ""))
+        lines.append("")
+    low, high = blend.interval
+    right, margin = blend.expected_right(len(blend.test_ids))
+    lines += [f"method       {blend.method}, of {_runs(len(blend.considered))}", f"             {blend.choice}"]
+    if blend.method == "stack":
+        lines.append(f"             weights: {blend.weights_are}")
+    if others := Counter(method for method in blend.fold_methods.values() if method != blend.method):
+        told = ", ".join(f"{method} in {count}" for method, count in sorted(others.items()))
+        lines.append(f"             chosen without one of the {len(blend.fold_methods)} folds: {told}")
+    if blend.correction is not None:
+        pairs = zip(blend.classes, blend.correction.factors, strict=True)
+        factors = ", ".join(f"{name} {factor:.2f}" for name, factor in pairs)
+        lines.append(f"prior        {blend.prior}: probabilities to the power {blend.correction.exponent:.2f}, times")
+        lines.append(f"             {factors}")
+    lines += [
+        f"estimate     {_with_error(blend.score, blend.standard_error)}, "
+        f"{blend.level:.0%} interval {low:.4f} to {high:.4f}",
+        f"             {blend.note}",
+        f"naive        {blend.naive:.4f} (scored on the rows that chose the weights: not to be trusted)",
+        f"expect       {right} +- {margin} of {len(blend.test_ids)} test images right",
+    ]
+    if blend.marks:
+        lines.append(f"marks        {', '.join(blend.marks)}")
+    return lines
+
+
+def _with_error(value: float, error: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f} +- {error:.4f}"
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
+
+
 def _describe(blend: Blend, counts: Counter[str], digest: str) -> dict[str, Any]:
     images = counts.total()
     right, margin = blend.expected_right(images)
@@ -166,11 +252,33 @@ def _describe(blend: Blend, counts: Counter[str], digest: str) -> dict[str, Any]
                 "weight": member.weight,
                 "score": member.score,
                 "standard_error": member.standard_error,
+                "coefficient": member.coefficient,
+                "temperature": member.temperature,
+                "marginal_gain": member.gain,
+                "marginal_gain_standard_error": member.gain_standard_error,
                 "hashes": member.run.info["hashes"],
             }
             for member in blend.members
         ],
+        "weights_are": blend.weights_are,
+        "bias": list(blend.bias),
+        "calibration": {"kind": "temperature of each run, fitted to its log loss", "least_prob": LOG_LOSS_EPS},
+        "prior": {
+            "kind": blend.prior,
+            "correction": asdict(blend.correction) if blend.correction is not None else None,
+        },
         "considered": list(blend.considered),
+        "choice": blend.choice,
+        "tried": [
+            {
+                "method": trial.method,
+                "score": trial.score,
+                "standard_error": trial.standard_error,
+                "gain": trial.gain,
+                "gain_standard_error": trial.gain_standard_error,
+            }
+            for trial in blend.trials
+        ],
         "estimate": {
             "score": blend.score,
             "standard_error": blend.standard_error,
