@@ -442,7 +442,8 @@ def _plot(root: Path, options: argparse.Namespace) -> int:
 
 
 def _compare(root: Path, options: argparse.Namespace) -> int:
-    from foldwise.records.compare import compare, render, to_csv, to_json
+    from foldwise.records.compare import compare
+    from foldwise.records.compare_text import render, to_csv, to_json
 
     if options.no_pictures and not options.html:
         raise FoldwiseError("--no-pictures has no effect alone\n  fix: give --html too")

@@ -1,6 +1,6 @@
 """Blends of models that are drawn, so that the truth is known: how far estimates are off, and how often intervals hold.
 
-`OMP_NUM_THREADS=1 python tests/records/blend_simulation.py` prints the figures of up to 500 draws (ten minutes).
+`OMP_NUM_THREADS=1 .venv/bin/python tests/records/blend_simulation.py` prints the figures of up to 500 draws (minutes).
 The truth is the accuracy, on fresh images, of the blend that was fitted on all folds. The estimate's blends lack a fold
 each, so that it may be a little too low. Models are fixed: an interval is conditional on them, and so is its coverage.
 """
@@ -19,6 +19,8 @@ from foldwise.stats import wilson
 
 CLASSES = ("a", "b", "c", "d")
 FRESH = 20_000
+# Other seeds than those on which the interval was found too narrow, and mended.
+FIRST_SEED = 10_000
 
 
 @dataclass
@@ -96,12 +98,12 @@ def main():
     for name, world, draws, options in (
         ("6 models, 400 rows", FEW, 500, {}),
         ("6 models, 400 rows, prior train", FEW, 100, {"prior": "train"}),
-        ("100 weak models, 400 rows", WEAK, 60, {}),
+        ("100 weak models, 400 rows", WEAK, 200, {}),
         ("100 weak models, 400 rows, caruana", WEAK, 60, {"methods": ("caruana",)}),
         ("100 weak models, 400 rows, stack", WEAK, 60, {"methods": ("stack",)}),
         ("100 weak models, 400 rows, best", WEAK, 200, {"methods": ("best",)}),
     ):
-        rows = simulate(world, range(draws), **options)
+        rows = simulate(world, range(FIRST_SEED, FIRST_SEED + draws), **options)
         estimates, naives, _, _, truths, methods = zip(*rows, strict=True)
         share, low, high = covered(rows)
         (honest, honest_error), (naive, naive_error) = bias(estimates, truths), bias(naives, truths)
