@@ -478,12 +478,80 @@ def recomputed_labels(root: Path, blend: dict[str, Any]) -> pd.Series:
     return pd.Series([blend["classes"][index] for index in probs.argmax(axis=1)], index=tables[0].index)
 
 
+def test_a_score_is_noted_and_listed(submittable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(submittable, "submit", "--comp", "demo") == 0
+    blend = (submittable / "submissions" / "demo" / "blend.json").read_bytes()
+    capsys.readouterr()
+    assert call(submittable, "submit", "--comp", "demo", "--score", "0.5", "--images", "10") == 0
+    assert "0.5000" in capsys.readouterr().out
+    assert (submittable / "submissions" / "demo" / "blend.json").read_bytes() == blend
+    assert call(submittable, "submissions", "--comp", "demo", "--json") == 0
+    (listed,) = json.loads(capsys.readouterr().out)["submissions"]
+    assert (listed["public"]["score"], listed["public"]["images"]) == (0.5, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--message", "hello"], "--message has no effect alone\n  fix: give --kaggle too\n"),
+        (["--of", "abc"], "--of has no effect alone\n  fix: give --score or --kaggle too\n"),
+        (
+            ["--score", "0.5", "--method", "mean"],
+            "--score and --method do not go together\n  fix: one after the other\n",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(
+    submittable: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert call(submittable, "submit", "--comp", "demo", *arguments) == 2
+    assert capsys.readouterr().err == expected
+    assert not (submittable / "submissions").exists()
+
+
+def test_a_blend_may_be_told_how(submittable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--runs", "tiny,wide", "--method", "logit_mean", "--prior", "train"]
+    assert call(submittable, "submit", "--comp", "demo", *arguments) == 0
+    blend = json.loads((submittable / "submissions" / "demo" / "blend.json").read_text())
+    assert (blend["method"], blend["prior"]["kind"]) == ("logit_mean", "train")
+    assert "only `logit_mean` was asked for" in capsys.readouterr().out
+
+
+def test_runs_are_compared_as_text_json_csv_and_a_page(submittable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = ["compare", "--comp", "demo", "--runs", "tiny,wide"]
+    assert call(submittable, *compare) == 0
+    assert "Is the difference real?" in capsys.readouterr().out
+    assert call(submittable, *compare, "--json") == 0
+    (group,) = json.loads(capsys.readouterr().out)["groups"]
+    assert {row["run"] for row in group["runs"]} == {"tiny", "wide"}
+    assert call(submittable, *compare, "--csv") == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert table["score"].tolist() == [row["score"] for row in group["runs"]]
+    assert call(submittable, *compare, "--html", "--no-pictures") == 0
+    assert capsys.readouterr().out == "written  oof/compare.html\n"
+    assert '"picture": "data:image/png' not in (submittable / "oof" / "compare.html").read_text()
+    assert call(submittable, *compare, "--html") == 0
+    assert '"picture": "data:image/png' in (submittable / "oof" / "compare.html").read_text()
+    assert call(submittable, *compare, "--no-pictures") == 2
+
+
+def test_training_and_test_images_are_told_apart_or_not(submittable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(submittable, "drift", "--comp", "demo") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "written  inputs/demo/drift.json, inputs/demo/drift.png"
+
+
+def test_nothing_is_sent_where_nothing_is_kept(submittable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(submittable, "sync", "nothing") == 2
+    assert call(submittable, "sync") == 0
+    assert "there is nothing on disk to send" in capsys.readouterr().out
+
+
 def test_a_submission_holds_the_blends_labels_for_every_test_image(
     submittable: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(submittable, "submit", "--comp", "demo", "--runs", "tiny,wide") == 0
     told = capsys.readouterr().out
-    folder = submittable / "submissions"
+    folder = submittable / "submissions" / "demo"
     submission = pd.read_csv(folder / "submission.csv", dtype=str)
     blend = json.loads((folder / "blend.json").read_text())
     assert list(submission.columns) == ["id", "label"]
@@ -510,22 +578,22 @@ def test_a_submission_holds_the_blends_labels_for_every_test_image(
     (kept,) = [path for path in folder.iterdir() if path.is_dir()]
     for name in ("submission.csv", "blend.json"):
         assert (kept / name).read_bytes() == (folder / name).read_bytes()
-    assert f"kept in submissions/{kept.name}" in told
+    assert f"kept in submissions/demo/{kept.name}" in told
 
 
 def test_the_same_runs_give_the_same_submission(submittable: Path) -> None:
     contents = []
     for _ in range(2):
         assert call(submittable, "submit", "--comp", "demo") == 0
-        contents.append((submittable / "submissions" / "submission.csv").read_bytes())
-        blend = json.loads((submittable / "submissions" / "blend.json").read_text())
+        contents.append((submittable / "submissions" / "demo" / "submission.csv").read_bytes())
+        blend = json.loads((submittable / "submissions" / "demo" / "blend.json").read_text())
         assert blend["considered"] == ["peeking", "tiny", "wide"]
     assert contents[0] == contents[1]
 
 
 def test_a_single_run_is_submitted_as_it_is(submittable: Path) -> None:
     assert call(submittable, "submit", "--comp", "demo", "--runs", "wide") == 0
-    blend = json.loads((submittable / "submissions" / "blend.json").read_text())
+    blend = json.loads((submittable / "submissions" / "demo" / "blend.json").read_text())
     record = load_run(submittable / "oof" / "wide").info
     assert (blend["method"], [member["weight"] for member in blend["members"]]) == ("single", [1.0])
     assert blend["estimate"]["score"] == blend["naive"] == record["score"]
@@ -535,7 +603,7 @@ def test_the_mark_of_a_member_follows_into_the_blend(submittable: Path, capsys: 
     assert load_run(submittable / "oof" / "peeking").info["marks"] == ["optimistic"]
     assert call(submittable, "submit", "--comp", "demo", "--runs", "peeking") == 0
     assert "marks        optimistic\n" in capsys.readouterr().out
-    assert json.loads((submittable / "submissions" / "blend.json").read_text())["marks"] == ["optimistic"]
+    assert json.loads((submittable / "submissions" / "demo" / "blend.json").read_text())["marks"] == ["optimistic"]
 
 
 def test_runs_that_cannot_be_blended_are_told(submittable: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -549,7 +617,7 @@ def test_runs_that_cannot_be_blended_are_told(submittable: Path, capsys: pytest.
     assert told[0] == "left out: part: is not complete: 1 of 5 units"
     assert told[1].startswith("left out: wide: is not the file that run.json vouches for")
     assert [line for line in told if line.startswith("left out")] == told[:2]
-    blend = json.loads((submittable / "submissions" / "blend.json").read_text())
+    blend = json.loads((submittable / "submissions" / "demo" / "blend.json").read_text())
     assert blend["considered"] == ["peeking", "tiny"]
     assert call(submittable, "submit", "--comp", "demo", "--runs", "part") == 2
     assert capsys.readouterr().err == (

@@ -455,7 +455,7 @@ def _compare(root: Path, options: argparse.Namespace) -> int:
         from foldwise.show.page import write_page
 
         path = write_page(comparison, root / options.html, root=root, pictures=not options.no_pictures)
-        _say(f"written  {path}")
+        _say(f"written  {path.relative_to(root) if path.is_relative_to(root) else path}")
         return 0
     from rich.console import Console
 
@@ -493,7 +493,7 @@ def _submit(root: Path, options: argparse.Namespace) -> int:
     if options.score is not None:
         return _record_score(root, options)
     if options.of is None:
-        _blend(root, options.comp, root / "submissions", options.runs, options.method, options.prior)
+        _blend(root, options.comp, options.runs, options.method, options.prior)
     if options.kaggle is not None:
         from foldwise.data.competition import load_competition
         from foldwise.records.history import read_history
@@ -573,7 +573,6 @@ def _sync(root: Path, options: argparse.Namespace) -> int:
 def _blend(
     root: Path,
     competition: str,
-    folder: Path,
     names: Sequence[str] | None = None,
     method: Method | None = None,
     prior: Prior = "none",
@@ -582,6 +581,7 @@ def _blend(
     from foldwise.data.folds import natural_order, read_folds
     from foldwise.metrics import METRICS
     from foldwise.records.ensemble import METHODS, blend
+    from foldwise.records.history import submissions_folder
     from foldwise.records.store import list_runs
     from foldwise.records.submission import blend_lines, write_submission
 
@@ -602,6 +602,7 @@ def _blend(
     methods = METHODS if method is None else (method,)
     blended = blend(runs, metric=METRICS[spec.metric], groups=groups, methods=methods, prior=prior)
     ids = spec.submission_ids or tuple(natural_order(blended.test_ids.tolist()))
+    folder = submissions_folder(root, competition)
     path = write_submission(
         folder,
         blended,
@@ -633,7 +634,7 @@ def _demo(root: Path, options: argparse.Namespace) -> int:
     for name in DEMO_EXPERIMENTS:
         _run(root, _load(root, name, call), call)
     _say("")
-    path = _blend(root, "demo", root / "submissions" / "demo")
+    path = _blend(root, "demo")
     with answers.open(newline="") as file:
         truth = {row["id"]: row["label"] for row in csv.DictReader(file)}
     with (path / "submission.csv").open(newline="") as file:
