@@ -141,3 +141,11 @@ def test_shifted_shares_are_found_and_unshifted_ones_left():
         logits[labels, np.arange(3_000)] += 2
         factors = shift_factors(softmax(2 * logits), shares)
         assert factors * shares == pytest.approx(truth, abs=0.04)
+
+
+def test_an_image_that_is_surely_of_an_absent_class_leaves_the_others_their_shares():
+    probs = np.array([[0.0, 0.5, 0.5], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
+    shares = np.array([0.5, 0.5, 0.0])
+    assert shift_factors(probs, shares).tolist() == [1, 1, 0]
+    assert shift_factors(probs[:, :1], shares).tolist() == [1, 1, 0]
+    assert shift_factors(probs[:, :0], shares).tolist() == [1, 1, 0]

@@ -189,7 +189,33 @@ def test_the_order_of_runs_and_rows_is_of_no_consequence():
 def test_two_folds_leave_nothing_to_choose_a_method_by():
     probs, labels, _ = weak_runs(5, models=3, rows=200)
     runs, groups = make_runs(probs, labels, np.arange(200) % 2)
-    assert blend(runs, metric=ACCURACY, groups=groups).fold_methods == {0: "best", 1: "best"}
+    result = blend(runs, metric=ACCURACY, groups=groups)
+    assert result.fold_methods == {0: "best", 1: "best"}
+    assert result.method == "best"  # what is submitted is what was estimated
+    assert result.choice == "two folds leave none to choose a method by, so the simplest is taken"
+
+
+def test_figures_stay_where_they_can_be():
+    labels, fold = np.arange(80) % 4, np.arange(80) % 5
+    perfect = np.eye(4)[labels]
+    nearly = perfect.copy()
+    nearly[0] = nearly[0][::-1]
+    runs, groups = make_runs([nearly, perfect * 0.9 + 0.025], labels, fold)
+    result = blend(runs, metric=ACCURACY, groups=groups, methods=("mean",))
+    assert 0 <= result.interval[0] <= result.interval[1] <= 1
+    assert not any(str(member.gain).startswith("-0.0") and member.gain == 0 for member in result.members)
+    uniform, groups = make_runs([np.full((80, 4), 0.25)] * 2, labels, fold)
+    stacked = blend(uniform, metric=ACCURACY, groups=groups, methods=("stack",))
+    assert sum(member.weight for member in stacked.members) == pytest.approx(1)
+
+
+def test_a_member_that_was_chosen_on_these_folds_flatters_and_that_is_said():
+    probs, labels, fold = weak_runs(7, models=2, rows=200)
+    runs, groups = make_runs(probs, labels, fold)
+    assert "flattered" not in blend(runs, metric=ACCURACY, groups=groups, methods=("mean",)).note
+    runs[0].info["marks"].append("tuned")
+    note = blend(runs, metric=ACCURACY, groups=groups, methods=("mean",)).note
+    assert note.endswith("; flattered as far as its members are tuned; conditional on the trained models")
 
 
 # --- what is estimated

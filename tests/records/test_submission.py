@@ -186,7 +186,9 @@ def test_what_is_told_of_a_blend(blended):
         "             weights: the share of the blend's logits that comes from each run",
         "             chosen without one of the 3 folds: best in 1",
         "estimate     0.5200 +- 0.0120, 95% interval 0.4967 to 0.5433",
-        f"             {result.note}",
+        "             cross-fitted: members, weights and method chosen without the scored fold; "
+        "flattered as far as its members",
+        "             are optimistic; conditional on the trained models",
         "naive        0.5500 (scored on the rows that chose the weights: not to be trusted)",
         "expect       6 +- 3 of 12 test images right",
         "marks        optimistic",

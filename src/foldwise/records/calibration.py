@@ -87,12 +87,12 @@ def temperatures(losses: Floats) -> Floats:
         losses: (M, G) sums of `losses_by_temperature` over the folds to fit on.
 
     Returns:
-        (M,) above 1 for a run that is too sure, to three significant digits; at most 128, where only noise ends.
+        (M,) above 1 for a run that is too sure, to three significant digits; from 0.177 to 128, where only noise ends.
     """
     lowest = losses.argmin(axis=1)
     least = np.clip(lowest, 1, len(_TEMPERATURES) - 2)
     runs = np.arange(len(losses))
-    # In 1 / sqrt(T) the loss is nearest to a parabola: its turn is within 1% of the true one.
+    # In 1 / sqrt(T) the loss is nearest to a parabola: its turn is within 3% of the true one.
     scale = _TEMPERATURES**-0.5
     here, left, right = scale[least], scale[least - 1] - scale[least], scale[least + 1] - scale[least]
     rise_left, rise_right = (losses[runs, least + step] - losses[runs, least] for step in (-1, 1))
@@ -199,7 +199,11 @@ def shift_factors(probs: Floats, shares: Floats) -> Floats:
     """
     present = shares > 0
     supposed, held = shares[present], probs[present]
-    held = held / held.sum(axis=0)
+    sums = held.sum(axis=0)
+    # An image that is surely of a class that is not present tells nothing of the others.
+    held = held[:, sums > 0] / sums[sums > 0]
+    if not held.size:
+        return present.astype(np.float64)
     factors = np.ones(len(held))
     for _ in range(2000):
         likeliest = factors * (held @ (1 / (factors @ held))) / held.shape[1]

@@ -198,11 +198,13 @@ class Blend:
     @property
     def note(self) -> str:
         """What the estimate means, in a sentence."""
+        told = [mark for mark in self.marks if mark in ("optimistic", "tuned")]
+        flattered = f"; flattered as far as its members are {' and '.join(told)}" if told else ""
         if self.method == "single":
             prior = "" if self.prior == "none" else ", class prior corrected without the scored fold"
-            return f"out-of-fold score of the one run{prior}; conditional on its trained models"
+            return f"out-of-fold score of the one run{prior}{flattered}; conditional on its trained models"
         chosen = "members, weights and method chosen without the scored fold"
-        return f"cross-fitted: {chosen}; conditional on the trained models"
+        return f"cross-fitted: {chosen}{flattered}; conditional on the trained models"
 
     @property
     def choice(self) -> str:
@@ -211,6 +213,8 @@ class Blend:
             return "one run was offered"
         if len(self.trials) == 1:
             return f"only `{self.method}` was asked for"
+        if len(self.fold_methods) < 3:
+            return "two folds leave none to choose a method by, so the simplest is taken"
         if self.method == "best":
             return "no blend beats the best run by more than its standard error, so it is submitted alone"
         return "taken in order, each must beat the method held so far by more than the standard error of the gain"
@@ -280,8 +284,8 @@ def blend(
     of the final fit is drawn too; it is 0 for a run alone, and grows where a fold more changes predictions. The
     interval is the percentile interval, widened by both in the same ratio. Both are conditional on the trained models.
 
-    What is fitted is rounded before it is used, and sums are taken in a fixed order and without BLAS: the same runs
-    give the same blend on every machine.
+    What is fitted is rounded before it is used, and predictions are summed in a fixed order and without BLAS, whose
+    last bits differ between machines: the same runs give the same blend everywhere.
 
     Args:
         runs: At least one, of the same competition, folds, classes and ids; their order is of no consequence.
@@ -337,8 +341,8 @@ def blend(
     test_probs, correction = fitting.predict(recipe, _NOTHING, test)
     accuracy = METRICS["accuracy"]
     score = _score(metric, labels, held_out)
-    widening = error / errors[0] if errors[0] else 1.0
-    low, high = (score + widening * (end - score) for end in interval(draws[:, 0], LEVEL))
+    low, high = _widened(interval(draws[:, 0], LEVEL), score, errors[0], error)
+    low, high = max(low, 0.0), min(high, 1.0) if metric.hard else high
     accuracy_error = error if metric is accuracy else _total_error(bootstrap(accuracy, labels, [held_out, seen], group))
     return Blend(
         competition=first.info["competition"],
@@ -410,6 +414,9 @@ class _CrossFit:
     def choose(self) -> tuple[Method, dict[int, Method], tuple[Trial, ...]]:
         """The method chosen from all folds, those chosen without each fold by its name, and what was compared."""
         method, trials = self._method(_NOTHING)
+        if len(self._folds) < 3:
+            # Without a fold one is left, by which no method can be chosen: what is submitted is what is estimated.
+            method = self._methods[0]
         fold_methods = {self._names[fold]: self._method(frozenset({fold}))[0] for fold in self._folds}
         return method, fold_methods, trials
 
@@ -609,18 +616,29 @@ class _CrossFit:
         spread = np.sqrt(((logits - logits.mean(axis=1, keepdims=True)) ** 2).mean(axis=(1, 2)))
         coefficients, shares = np.zeros(len(self._oof)), np.zeros(len(self._oof))
         coefficients[runs] = fitted
-        shares[runs] = np.round(fitted * spread / (fitted * spread).sum(), 6)
+        # Runs that say the same of every class have no logits to share.
+        parts = fitted * spread if spread.any() else fitted
+        shares[runs] = np.round(parts / parts.sum(), 6)
         return Recipe("stack", coefficients, temperature, bias, shares)
 
 
 def _figure(value: float) -> float:
     """A figure without the last bits, which differ between machines."""
-    return round(float(value), 9)
+    return round(float(value), 9) + 0.0  # no minus zero
 
 
 def _total_error(draws: NDArray[np.float64]) -> float:
     """Standard error of the score in the first column as an estimate for the blend that scores as in the second."""
     return float(np.hypot(draws[:, 0].std(ddof=1), (draws[:, 1] - draws[:, 0]).std(ddof=1)))
+
+
+def _widened(ends: tuple[float, float], score: float, error: float, total_error: float) -> tuple[float, float]:
+    """An interval of a score whose error is more than that by which the interval was made."""
+    if error == 0:
+        half = NormalDist().inv_cdf((1 + LEVEL) / 2) * total_error
+        return score - half, score + half
+    low, high = (score + total_error / error * (end - score) for end in ends)
+    return low, high
 
 
 def _score(metric: Metric, labels: Labels, probs: Probs64) -> float:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ SCHEMA_VERSION = 2
 _SUBMISSION, _BLEND = "submission.csv", "blend.json"
 # Members that are printed; the rest are counted.
 _LISTED = 12
+# Characters of a line of explanation.
+_WIDTH = 105
 
 
 def check_submission(
@@ -221,10 +224,11 @@ def blend_lines(blend: Blend) -> list[str]:
     lines += [
         f"estimate     {_with_error(blend.score, blend.standard_error)}, "
         f"{blend.level:.0%} interval {low:.4f} to {high:.4f}",
-        f"             {blend.note}",
-        f"naive        {blend.naive:.4f} (scored on the rows that chose the weights: not to be trusted)",
-        f"expect       {right} +- {margin} of {len(blend.test_ids)} test images right",
+        *(f"             {line}" for line in wrap(blend.note, _WIDTH)),
     ]
+    if blend.method != "single":
+        lines.append(f"naive        {blend.naive:.4f} (scored on the rows that chose the weights: not to be trusted)")
+    lines.append(f"expect       {right} +- {margin} of {len(blend.test_ids)} test images right")
     if blend.marks:
         lines.append(f"marks        {', '.join(blend.marks)}")
     return lines
