@@ -496,6 +496,15 @@ def test_a_score_is_noted_and_listed(submittable: Path, capsys: pytest.CaptureFi
         (["--message", "hello"], "--message has no effect alone\n  fix: give --kaggle too\n"),
         (["--of", "abc"], "--of has no effect alone\n  fix: give --score or --kaggle too\n"),
         (
+            ["--score", "0.5", "--prior", "train"],
+            "--score and --prior do not go together\n  fix: one after the other\n",
+        ),
+        (
+            ["--kaggle", "no/name"],
+            "KAGGLE=no/name: is not the name of a competition\n"
+            "  fix: give the end of its address, kaggle.com/competitions/<this>\n",
+        ),
+        (
             ["--score", "0.5", "--method", "mean"],
             "--score and --method do not go together\n  fix: one after the other\n",
         ),
@@ -533,6 +542,8 @@ def test_runs_are_compared_as_text_json_csv_and_a_page(submittable: Path, capsys
     assert call(submittable, *compare, "--html") == 0
     assert '"picture": "data:image/png' in (submittable / "oof" / "compare.html").read_text()
     assert call(submittable, *compare, "--no-pictures") == 2
+    assert call(submittable, *compare, "--html", "oof/tiny/run.json") == 2
+    assert json.loads((submittable / "oof" / "tiny" / "run.json").read_text())["experiment"] == "tiny"
 
 
 def test_training_and_test_images_are_told_apart_or_not(submittable: Path, capsys: pytest.CaptureFixture[str]) -> None:

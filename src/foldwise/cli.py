@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FoldwiseError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return error.exit_code
+    except BrokenPipeError:
+        # Whoever read has enough; and at exit nothing must be flushed to it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)  # noqa: T201
         return 130
@@ -114,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--prior",
         choices=CORRECTIONS,
-        default="none",
         help="correct class probabilities to the labels' shares (train), or to those of the test images (test)",
     )
     submit.add_argument("--kaggle", metavar="SLUG", help="upload it to this Kaggle competition")
@@ -447,6 +450,10 @@ def _compare(root: Path, options: argparse.Namespace) -> int:
 
     if options.no_pictures and not options.html:
         raise FoldwiseError("--no-pictures has no effect alone\n  fix: give --html too")
+    if options.html and (options.html.suffix.lower() not in (".html", ".htm") or (root / options.html).is_dir()):
+        raise FoldwiseError(
+            f"--html {options.html}: is no name of a page\n  fix: end it in .html, e.g. oof/compare.html"
+        )
     comparison = compare(root, options.comp, options.runs)
     if options.json or options.csv:
         _say((to_json if options.json else to_csv)(comparison).rstrip("\n"))
@@ -492,8 +499,12 @@ def _submit(root: Path, options: argparse.Namespace) -> int:
     _refuse_stray(options)
     if options.score is not None:
         return _record_score(root, options)
+    if options.kaggle is not None:
+        from foldwise.records.upload import check_slug
+
+        check_slug(options.kaggle)
     if options.of is None:
-        _blend(root, options.comp, options.runs, options.method, options.prior)
+        _blend(root, options.comp, options.runs, options.method, options.prior or "none")
     if options.kaggle is not None:
         from foldwise.data.competition import load_competition
         from foldwise.records.history import read_history
@@ -522,7 +533,7 @@ def _refuse_stray(options: argparse.Namespace) -> None:
         if getattr(options, name) and not any(getattr(options, partner) for partner in partners):
             wanted = " or ".join(f"--{partner}" for partner in partners)
             raise FoldwiseError(f"--{name} has no effect alone\n  fix: give {wanted} too")
-    together = [("score", "kaggle"), *product(("score", "of"), ("runs", "method"))]
+    together = [("score", "kaggle"), *product(("score", "of"), ("runs", "method", "prior"))]
     for first, second in together:
         if getattr(options, first) and getattr(options, second):
             raise FoldwiseError(f"--{first} and --{second} do not go together\n  fix: one after the other")

@@ -108,7 +108,7 @@ def test_the_table(tmp_path):
 
 
 def test_an_empty_history_says_what_to_do(tmp_path):
-    assert history_lines(read_history(tmp_path, "toy")) == ["there is no submission of `toy` yet: make submit"]
+    assert history_lines(read_history(tmp_path, "toy")) == ["there is no submission of `toy` yet: make submit COMP=toy"]
     with pytest.raises(FoldwiseError) as error:
         read_history(tmp_path, "toy").find()
     assert str(error.value) == "there is no submission of `toy`\n  fix: make submit COMP=toy"
@@ -131,6 +131,19 @@ def test_keys_that_a_newer_or_older_description_has_or_lacks_do_no_harm(tmp_path
     history = read_history(tmp_path, "toy")
     assert (history.submissions[0].expected, history.submissions[0].marks) == (None, ())
     assert any(f"{path.name}  0.5000 +- 0.0100  -" in line for line in history_lines(history))
+
+
+def test_no_other_stands_in_for_a_newest_that_was_changed(tmp_path):
+    older, newest = put(tmp_path, day=1), put(tmp_path, day=2)
+    (newest / "submission.csv").write_text("id,label\n")
+    with pytest.raises(FoldwiseError) as error:
+        record(tmp_path, 0.5)
+    first, *_, fix = str(error.value).splitlines()
+    assert first == "the newest submission of `toy` is not what was written, or its folder is gone"
+    assert fix == "  fix: take it back with git, make submit again, or name one by OF="
+    assert f"left out: {newest.name}" in str(error.value)
+    record(tmp_path, 0.5, of=older.name)
+    assert not (newest / "public.json").exists()
 
 
 def test_the_newest_is_the_one_that_is_copied_not_the_latest(tmp_path):

@@ -138,7 +138,7 @@ def test_a_submission_arrives_is_noted_and_its_score_fetched(kaggle, tmp_path, c
         f"uploaded     {path.name} to faces: Successfully submitted to faces (reference 4711)",
         f"             said with it: {message}",
         "             1 of 2 uploads are left today (UTC), as far as this project's records tell",
-        "next         once it is scored: make submit SCORE=kaggle; it stands at https://www.kaggle.com/competitions/faces",
+        "next         once it is scored: make submit COMP=toy SCORE=kaggle; it stands at https://www.kaggle.com/competitions/faces",
     ]
     (start, begun), (_, sent), (create, created) = kaggle.asked
     assert (start, begun["competitionName"], begun["fileName"]) == ("StartSubmissionUpload", "faces", "submission.csv")
@@ -343,5 +343,6 @@ def test_a_score_of_what_was_not_uploaded_cannot_be_fetched(no_client, tmp_path)
     with pytest.raises(FoldwiseError) as error:
         fetch_score(history, history.find(), images=None, now=NOW)
     assert str(error.value) == (
-        f"SCORE=kaggle: {path.name} was not uploaded from here\n  fix: make submit SCORE=<score>, as its page shows it"
+        f"SCORE=kaggle: {path.name} was not uploaded from here\n"
+        "  fix: make submit COMP=toy SCORE=<score>, as its page shows it"
     )

@@ -190,7 +190,7 @@ class History:
     Attributes:
         competition: Its name.
         submissions: The latest first, by the time of their folder.
-        newest: The one that a copy of is kept as the newest; None where there is none.
+        newest: The one that a copy of is kept as the newest; None where there is none, or where it is left out.
         left_out: A line `<folder>: <reason>` for each folder that cannot be read.
     """
 
@@ -219,11 +219,15 @@ class History:
         Raises:
             FoldwiseError: If there is none, or it is not clear which one.
         """
-        if self.newest is None:
+        if not self.submissions:
             what = f"there is no submission of `{self.competition}`"
             what += "".join(f"\n  left out: {line}" for line in self.left_out)
             raise FoldwiseError(f"{what}\n  fix: make submit COMP={self.competition}")
         if of is None or of == "newest":
+            if self.newest is None:
+                what = f"the newest submission of `{self.competition}` is not what was written, or its folder is gone"
+                what += "".join(f"\n  left out: {line}" for line in self.left_out)
+                raise FoldwiseError(f"{what}\n  fix: take it back with git, make submit again, or name one by OF=")
             return self.newest
         wanted = Path(of).name.lower()
         found = [
@@ -282,7 +286,7 @@ def read_history(root: Path, competition: str) -> History:
     if faults:
         raise RecordError(faults)
     submissions = tuple(_with_public_scores(read))
-    return History(competition, submissions, _newest(folder, submissions), tuple(left_out))
+    return History(competition, submissions, _newest(folder, submissions, competition), tuple(left_out))
 
 
 def _with_public_scores(read: Sequence[Submission]) -> Iterator[Submission]:
@@ -348,6 +352,8 @@ def _n_scored(root: Path, members: Sequence[tuple[str, float]]) -> int | None:
 
 def _read_public(path: Path) -> PublicScore | None:
     def build(told: Any) -> PublicScore:
+        if told["images"] is not None and not (isinstance(told["images"], int) and told["images"] > 0):
+            raise ValueError(f"`images` must be a number above 0, but is {told['images']!r}")
         return PublicScore(float(told["score"]), told["images"], told["source"], str(told["when"]))
 
     return _beside(path / _PUBLIC, build, "take it back with git, or delete it and record the score again")
@@ -355,7 +361,10 @@ def _read_public(path: Path) -> PublicScore | None:
 
 def _read_uploads(path: Path) -> tuple[Upload, ...]:
     def build(told: Any) -> tuple[Upload, ...]:
-        return tuple(Upload(**upload) for upload in told["uploads"])
+        uploads = tuple(Upload(**upload) for upload in told["uploads"])
+        for upload in uploads:
+            datetime.fromisoformat(upload.when)  # or it cannot be counted by day
+        return uploads
 
     return _beside(path / _UPLOADS, build, "take it back with git: it tells what was uploaded, and when") or ()
 
@@ -370,8 +379,11 @@ def _beside(file: Path, build: Callable[[Any], T], fix: str) -> T | None:
         raise RecordError([Fault(f"{file.parent.name}/{file.name}", f"cannot be read ({error})", fix)]) from None
 
 
-def _newest(folder: Path, submissions: Sequence[Submission]) -> Submission | None:
-    """The submission whose copy is kept as the newest; the latest where that is of another competition."""
+def _newest(folder: Path, submissions: Sequence[Submission], competition: str) -> Submission | None:
+    """The submission whose copy is kept as the newest; the latest where that is of another competition.
+
+    None where the copy is of this one, but its folder is left out or gone: no other may stand in for it unsaid.
+    """
     copy = folder / _BLEND
     if copy.exists():
         described = copy.read_bytes()
@@ -379,6 +391,11 @@ def _newest(folder: Path, submissions: Sequence[Submission]) -> Submission | Non
         for submission in submissions:
             if (submission.path / _BLEND).read_bytes() == described:
                 return submission
+        try:
+            if json.loads(described)["competition"] == competition:
+                return None
+        except (ValueError, KeyError, TypeError):
+            return None
     return submissions[0] if submissions else None
 
 
@@ -473,7 +490,10 @@ def history_lines(history: History) -> list[str]:
     """The history as a table of two lines a submission, the latest first, and what public scores say of estimates."""
     left_out = [f"left out: {line}" for line in history.left_out]
     if not history.submissions:
-        return [*left_out, f"there is no submission of `{history.competition}` yet: make submit"]
+        return [
+            *left_out,
+            f"there is no submission of `{history.competition}` yet: make submit COMP={history.competition}",
+        ]
     rows = [_cells(submission, history) for submission in history.submissions]
     header = ["submission", "estimate", "expect", "public", "z", "uploaded"]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
@@ -514,7 +534,8 @@ def _drift_lines(history: History) -> list[str]:
     """What public scores say of the estimates, in words."""
     scored = [submission for submission in history.submissions if submission.public is not None]
     if not scored:
-        return ["no public score is recorded: make submit SCORE=<score>, and OF=<submission> for an older one"]
+        call = f"make submit COMP={history.competition} SCORE=<score>"
+        return [f"no public score is recorded: {call}, and OF=<submission> for an older one"]
     lines = []
     if any(submission.public and submission.public.images is None for submission in scored):
         lines.append("?: nobody said how many images it is on; all are assumed. IMAGES=<n, or 30%> with SCORE= says it")

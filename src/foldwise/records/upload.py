@@ -61,10 +61,7 @@ def upload(
         KaggleError: If the day's uploads are used up, or Kaggle refuses or cannot be reached.
         FoldwiseError: If the slug is none, the same bytes were uploaded before, or the client is not installed.
     """
-    match = SLUG.fullmatch(slug)
-    if match is None or match["owner"]:
-        fix = "give the end of its address, kaggle.com/competitions/<this>"
-        raise FoldwiseError(f"KAGGLE={slug}: is not the name of a competition\n  fix: {fix}")
+    check_slug(slug)
     _refuse_wrong_file(root, spec, submission)
     done = [(other, sent) for other in history.submissions for sent in other.uploads if sent.kaggle == slug]
     same = [(other, sent) for other, sent in done if other.sha256 == submission.sha256]
@@ -94,8 +91,17 @@ def upload(
         + (f" (reference {answer.ref})" if answer.ref else ""),
         f"             said with it: {message}",
         f"             {left - 1} of {per_day} uploads are left today (UTC), as far as this project's records tell",
-        f"next         once it is scored: make submit SCORE=kaggle{_of(history, submission)}; it stands at {page}",
+        f"next         once it is scored: make submit COMP={spec.name} SCORE=kaggle{_of(history, submission)}; "
+        f"it stands at {page}",
     ]
+
+
+def check_slug(slug: str) -> None:
+    """Raise FoldwiseError unless this can be a competition's name at Kaggle."""
+    match = SLUG.fullmatch(slug)
+    if match is None or match["owner"]:
+        fix = "give the end of its address, kaggle.com/competitions/<this>"
+        raise FoldwiseError(f"KAGGLE={slug}: is not the name of a competition\n  fix: {fix}")
 
 
 def fetch_score(history: History, submission: Submission, *, images: int | None, now: datetime) -> list[str]:
@@ -122,7 +128,7 @@ def fetch_score(history: History, submission: Submission, *, images: int | None,
         if told.reference is not None
     ]
     if not sent:
-        fix = f"make submit SCORE=<score>{_of(history, submission)}, as its page shows it"
+        fix = f"make submit COMP={history.competition} SCORE=<score>{_of(history, submission)}, as its page shows it"
         raise FoldwiseError(f"SCORE=kaggle: {submission.name} was not uploaded from here\n  fix: {fix}")
     latest = max(sent, key=lambda told: told.when)
     slug = latest.kaggle

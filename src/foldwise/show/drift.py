@@ -923,9 +923,9 @@ def _p(value: float) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Plain JSON with floats to six digits, as sums differ in the last ones from machine to machine."""
+    """Plain JSON with floats to four digits, as sums differ in the last ones from machine to machine."""
     if isinstance(value, Mapping):
         return {key: _rounded(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value
