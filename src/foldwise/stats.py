@@ -1,13 +1,13 @@
-"""How sure a score is: standard errors, intervals and paired differences, by bootstrap over groups.
+"""How sure a score is: standard errors, intervals, paired differences and tests, and corrections for many of them.
 
-Near-duplicates stand or fall together, so whole groups are drawn, never single images.
+Near-duplicates stand or fall together, so the bootstrap draws whole groups, never single images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import e, log, sqrt
+from math import e, erfc, exp, lgamma, log, sqrt
 from statistics import NormalDist
 from typing import Any
 
@@ -304,3 +304,49 @@ def spent(share: float, error_rate: float) -> float:
 def normal_quantile(share: float) -> float:
     """The value below which a standard normal variable is with probability `share`, above 0 and below 1."""
     return NormalDist().inv_cdf(share)
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Correct p-values for their number, so that any false alarm among them all keeps its rate.
+
+    Step down: the smallest times n, the next times n - 1, and so on, never below an earlier one (Holm 1979,
+    Scandinavian Journal of Statistics 6:65).
+
+    Args:
+        p_values: n of them, each 0 to 1.
+
+    Returns:
+        The corrected ones, at most 1, in the order given.
+    """
+    corrected = [0.0] * len(p_values)
+    least = 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = least
+    return tuple(corrected)
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """Two-sided mid-p-value of McNemar's exact test: do two runs get equally many right that the other gets wrong?
+
+    Twice the binomial tail, with half the probability of what was seen (Fagerland, Lydersen and Laake 2013, BMC Medical
+    Research Methodology 13:91, who recommend it over the exact p-value, which is too cautious).
+
+    Args:
+        first_only: Images, or groups of them, that the first run does better on.
+        second_only: Those that the second does better on.
+
+    Returns:
+        0 to 1; 1 where the two counts are equal.
+    """
+    count, fewer = first_only + second_only, min(first_only, second_only)
+    seen = exp(lgamma(count + 1) - lgamma(fewer + 1) - lgamma(count - fewer + 1) - count * log(2))
+    # Of the binomial probabilities below, each is the one above it times k / (n - k + 1).
+    k = np.arange(fewer, 0, -1)
+    below = np.cumprod(k / (count - k + 1)).sum()
+    return float(min(1.0, seen * (1 + 2 * below)))
+
+
+def normal_p(gain: float, error: float) -> float:
+    """Two-sided p-value of a gain by its standard error, 1 where that is 0: then nothing tells them apart."""
+    return erfc(abs(gain) / (error * sqrt(2))) if error > 0 else 1.0

@@ -22,10 +22,10 @@ from foldwise.data.folds import Folds, write_folds
 from foldwise.errors import RecordError
 from foldwise.metrics import METRICS
 from foldwise.records import compare as module
-from foldwise.records.compare import compare, holm, mcnemar
+from foldwise.records.compare import compare
 from foldwise.records.compare_text import render, to_csv, to_json
 from foldwise.records.store import Unit, load_run
-from foldwise.stats import bias_corrected, bootstrap, paired_difference, standard_error
+from foldwise.stats import bias_corrected, bootstrap, holm, mcnemar, paired_difference, standard_error
 
 CLASSES = ("angry", "happy", "sad, or so")
 

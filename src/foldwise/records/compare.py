@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
-from math import erfc, exp, lgamma, log, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from foldwise.metrics import METRICS, Floats, Labels, Metric, confusion_matrix
 from foldwise.records.history import EXTERNAL_TRACK, OWN_TRACK
 from foldwise.records.store import Probs64, Run, load_run, rows_of, shown
 from foldwise.spec.yaml import did_you_mean, read_yaml
-from foldwise.stats import Corrected, Difference, bias_corrected, bootstrap, interval
+from foldwise.stats import Corrected, Difference, bias_corrected, bootstrap, holm, interval, mcnemar, normal_p
 
 # Corrected p-values below it are called a difference.
 ALPHA = 0.05
@@ -165,52 +165,6 @@ class Comparison:
 
 
 # Tests ----------------------------------------------------------------------------------------------------------------
-
-
-def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Correct p-values for their number, so that any false alarm among them all keeps its rate.
-
-    Step down: the smallest times n, the next times n - 1, and so on, never below an earlier one (Holm 1979,
-    Scandinavian Journal of Statistics 6:65).
-
-    Args:
-        p_values: n of them, each 0 to 1.
-
-    Returns:
-        The corrected ones, at most 1, in the order given.
-    """
-    corrected = [0.0] * len(p_values)
-    least = 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        least = max(least, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = least
-    return tuple(corrected)
-
-
-def mcnemar(first_only: int, second_only: int) -> float:
-    """Two-sided mid-p-value of McNemar's exact test: do two runs get equally many right that the other gets wrong?
-
-    Twice the binomial tail, with half the probability of what was seen (Fagerland, Lydersen and Laake 2013, BMC Medical
-    Research Methodology 13:91, who recommend it over the exact p-value, which is too cautious).
-
-    Args:
-        first_only: Images, or groups of them, that the first run does better on.
-        second_only: Those that the second does better on.
-
-    Returns:
-        0 to 1; 1 where the two counts are equal.
-    """
-    count, fewer = first_only + second_only, min(first_only, second_only)
-    seen = exp(lgamma(count + 1) - lgamma(fewer + 1) - lgamma(count - fewer + 1) - count * log(2))
-    # Of the binomial probabilities below, each is the one above it times k / (n - k + 1).
-    k = np.arange(fewer, 0, -1)
-    below = np.cumprod(k / (count - k + 1)).sum()
-    return float(min(1.0, seen * (1 + 2 * below)))
-
-
-def normal_p(gain: float, error: float) -> float:
-    """Two-sided p-value of a gain by its standard error, 1 where that is 0: then nothing tells them apart."""
-    return erfc(abs(gain) / (error * sqrt(2))) if error > 0 else 1.0
 
 
 # Which runs -----------------------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ from rich.text import Text
 
 from foldwise.files import pretty_json
 from foldwise.metrics import METRICS, confusion_matrix
-from foldwise.records.compare import ALPHA, LEVEL, Comparison, Group, Row, holm, normal_p
+from foldwise.records.compare import ALPHA, LEVEL, Comparison, Group, Row
 from foldwise.records.history import EXTERNAL_TRACK
 from foldwise.spec.load import differences, with_defaults
-from foldwise.stats import Difference, wilson
+from foldwise.stats import Difference, holm, normal_p, wilson
 
 SCHEMA_VERSION = 1
 # Rows of the table of blended pairs, and ids of images: what a terminal shows.

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, sqrt
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +30,7 @@ from foldwise.records.calibration import (
     uncalibrated,
 )
 from foldwise.records.store import Ids, Probs64, Run, rows_of, shown
-from foldwise.stats import bootstrap, interval
+from foldwise.stats import bootstrap, interval, normal_quantile
 
 Method = Literal["best", "mean", "caruana", "logit_mean", "stack"]
 # The simpler first: a later one must beat it by more than the standard error of the gain.
@@ -246,7 +245,7 @@ class Blend:
         """
         share = self.accuracy
         deviation = sqrt(images * share * (1 - share) + (images * self.accuracy_standard_error) ** 2)
-        return round(images * share), round(NormalDist().inv_cdf((1 + self.level) / 2) * deviation)
+        return round(images * share), round(normal_quantile((1 + self.level) / 2) * deviation)
 
 
 def blend(
@@ -422,7 +421,10 @@ class _CrossFit:
 
     def held_out(self, methods: Mapping[int, Method]) -> Probs64:
         """(N, C) predictions for each fold by a fit without it, by the method for the fold's name."""
-        return self._held_out({fold: methods[name] for fold, name in enumerate(self._names)}, _NOTHING)
+        predictions = np.zeros(self._oof[0].shape)
+        for fold, name in enumerate(self._names):
+            predictions[self._rows[fold]] = self._predicted(methods[name], frozenset({fold}), fold)
+        return predictions
 
     def gains(self, method: Method, runs: Sequence[int]) -> list[tuple[float, float]]:
         """Marginal gain of each of `runs` in the blend by `method`, with its standard error."""
@@ -489,12 +491,6 @@ class _CrossFit:
         gains = sign * self._metric.sign * (scores[1:] - scores[0])
         errors = (draws[:, 1:] - draws[:, :1]).std(axis=0, ddof=1)
         return [(_figure(gain), _figure(error)) for gain, error in zip(gains, errors, strict=True)]
-
-    def _held_out(self, methods: Mapping[int, Method], excluded: frozenset[int]) -> Probs64:
-        predictions = np.zeros(self._oof[0].shape)
-        for fold, method in methods.items():
-            predictions[self._rows[fold]] = self._predicted(method, excluded | {fold}, fold)
-        return predictions
 
     def _predicted(self, method: Method, excluded: frozenset[int], fold: int, without: int | None = None) -> Probs64:
         """(n, C) predictions for the images of a fold."""
@@ -635,7 +631,7 @@ def _total_error(draws: NDArray[np.float64]) -> float:
 def _widened(ends: tuple[float, float], score: float, error: float, total_error: float) -> tuple[float, float]:
     """An interval of a score whose error is more than that by which the interval was made."""
     if error == 0:
-        half = NormalDist().inv_cdf((1 + LEVEL) / 2) * total_error
+        half = normal_quantile((1 + LEVEL) / 2) * total_error
         return score - half, score + half
     low, high = (score + total_error / error * (end - score) for end in ends)
     return low, high

@@ -29,12 +29,12 @@ from foldwise.data.folds import Folds, read_folds
 from foldwise.errors import FoldwiseError, RecordError
 from foldwise.files import atomic_write
 from foldwise.metrics import METRICS, Labels, Metric, confusion_matrix
-from foldwise.records.compare import ALPHA, LEVEL, Comparison, Group, Missed, Row, mcnemar
+from foldwise.records.compare import ALPHA, LEVEL, Comparison, Group, Missed, Row
 from foldwise.records.store import Ids, Probs64, rows_of
 from foldwise.show.plots import column_title, mean_curve
 from foldwise.show.report import read_curves
 from foldwise.spec.load import flatten, with_defaults
-from foldwise.stats import bootstrap, wilson
+from foldwise.stats import bootstrap, mcnemar, wilson
 
 # Pictures on a page: 60 of 48 px are a quarter of a megabyte.
 MOST_PICTURES = 60
