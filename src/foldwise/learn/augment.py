@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foldwise.data.stacked import Images
 from foldwise.errors import FoldwiseError
 from foldwise.learn.keys import Purpose, generator, python_random
 from foldwise.spec.model import MixSpec
@@ -116,7 +117,7 @@ class Batches:
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: Images,
         rows: np.ndarray,
         augment: Augment,
         *,

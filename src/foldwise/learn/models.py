@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foldwise.data.stacked import Images
 from foldwise.errors import FoldwiseError, HubError
 from foldwise.learn.device import Runtime
 from foldwise.spec.model import HeadSpec, ModelSpec
@@ -359,7 +360,7 @@ class ToInput(nn.Module):
         return (images - self.mean) / self.std
 
 
-def to_input(spec: ModelSpec, images: np.ndarray, rows: np.ndarray) -> ToInput:
+def to_input(spec: ModelSpec, images: Images, rows: np.ndarray) -> ToInput:
     """The way in for one network.
 
     Args:
@@ -383,7 +384,7 @@ def to_input(spec: ModelSpec, images: np.ndarray, rows: np.ndarray) -> ToInput:
     return ToInput(spec.image_size, spec.interpolation, mean, std)
 
 
-def _pixel_statistics(images: np.ndarray, rows: np.ndarray) -> tuple[list[float], list[float]]:
+def _pixel_statistics(images: Images, rows: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel in [0, 1], from histograms, a block of rows at a time."""
     counts = np.zeros((images.shape[-1], 256))
     for start in range(0, len(rows), 1024):

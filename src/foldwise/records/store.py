@@ -55,6 +55,7 @@ class Context:
         smoke: Whether this is a smoke run.
         start_sha256: Of the weights that it starts from; None where it starts from none of another run's.
         teachers_sha256: Of each run that it learns from, by name; None where there is none.
+        guard_sha256: Of the external images that join, and of what the leak guard keeps out; None where it kept none.
     """
 
     competition: str
@@ -65,6 +66,7 @@ class Context:
     smoke: bool = False
     start_sha256: str | None = None
     teachers_sha256: dict[str, str] | None = None
+    guard_sha256: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -409,6 +411,7 @@ class RunFolder:
                 "inputs": context.inputs_sha256,
                 "start": context.start_sha256,
                 **({} if context.teachers_sha256 is None else {"teachers": context.teachers_sha256}),
+                **({} if context.guard_sha256 is None else {"guard": context.guard_sha256}),
                 **written,
             },
             "weights": {name: sha256_file(path) for name, path in weights.items() if path.exists()},
@@ -615,8 +618,9 @@ def _open_attempt(path: Path, spec: dict[str, Any], context: Context, *, fresh: 
 def _plain(context: Context) -> dict[str, Any]:
     """The context as it reads back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(context)))
-    if context.teachers_sha256 is None:
-        del plain["teachers_sha256"]  # so that a run without teachers says what it said before there were any
+    for name in ("teachers_sha256", "guard_sha256"):
+        if plain[name] is None:
+            del plain[name]  # so that a run without teachers says what it said before there were any
     return plain
 
 
@@ -667,6 +671,7 @@ def _context_of(record: Mapping[str, Any]) -> Context:
         smoke=record["smoke"],
         start_sha256=record["hashes"].get("start"),
         teachers_sha256=record["hashes"].get("teachers"),
+        guard_sha256=record["hashes"].get("guard"),
     )
 
 

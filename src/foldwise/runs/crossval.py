@@ -19,6 +19,7 @@ from torch import nn
 
 from foldwise.data.competition import Dataset
 from foldwise.data.folds import SCORED_ONLY
+from foldwise.data.stacked import Images
 from foldwise.errors import DeviceError, FoldwiseError
 from foldwise.files import atomic_path, sha256_file
 from foldwise.learn.augment import Augment, Batches, sampling_weights
@@ -47,13 +48,19 @@ class Table:
         labels: (N,) int64, -1 where unlabelled.
         fold: (N,) int64: the fold that scores a row; -1 always trained on; -2 never trained on (test).
         group: (N,) str: near-duplicates share one.
+        barred: (N,) bool: not trained on, whatever the fold; None where nothing is barred.
+        weight: (N,) float32 of each row in the loss, more than 0; None where all weigh the same.
+        n_own: The first so many rows are the competition's own, the others external; None for all.
     """
 
-    images: np.ndarray
+    images: Images
     ids: np.ndarray
     labels: np.ndarray
     fold: np.ndarray
     group: np.ndarray
+    barred: np.ndarray | None = None
+    weight: np.ndarray | None = None
+    n_own: int | None = None
 
     @property
     def folds(self) -> tuple[int, ...]:
@@ -62,7 +69,9 @@ class Table:
 
     def take(self, rows: np.ndarray) -> Table:
         """A smaller table of some rows, its images in memory."""
-        return Table(self.images[rows], self.ids[rows], self.labels[rows], self.fold[rows], self.group[rows])
+        barred, weight = (None if column is None else column[rows] for column in (self.barred, self.weight))
+        ids, labels, fold, group = (column[rows] for column in (self.ids, self.labels, self.fold, self.group))
+        return Table(self.images[rows], ids, labels, fold, group, barred, weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,12 +236,15 @@ def _train_unit(
 ) -> Unit:
     key = (seed, fold)
     make_deterministic(runtime.threads)
-    train_rows = np.flatnonzero((table.labels >= 0) & (table.fold != fold) & (table.fold != SCORED_ONLY))
+    trainable = (table.labels >= 0) & (table.fold != fold) & (table.fold != SCORED_ONLY)
+    train_rows = np.flatnonzero(trainable if table.barred is None else trainable & ~table.barred)
     val_rows = np.flatnonzero((table.labels >= 0) & (table.fold == fold))
     test_rows = np.flatnonzero(table.fold == SCORED_ONLY)
     watched_rows = val_rows
     if spec.watches and spec.train.watch == "inner":
-        watched_rows = inner_slice(train_rows, table.labels, table.group, spec.train.inner_share, key)
+        # What is watched should be like what is scored: the competition's own.
+        own_rows = train_rows if table.n_own is None else train_rows[train_rows < table.n_own]
+        watched_rows = inner_slice(own_rows, table.labels, table.group, spec.train.inner_share, key)
         train_rows = np.setdiff1d(train_rows, watched_rows)
     if not len(train_rows) or (spec.watches and not len(watched_rows)):
         raise FoldwiseError(
@@ -248,6 +260,9 @@ def _train_unit(
         learnt_rows = np.concatenate([train_rows, lesson.rows])
         labels = labels.copy()
         labels[lesson.rows] = lesson.taught.targets[lesson.rows].argmax(axis=1)
+    taught = None if lesson is None else lesson.taught
+    if table.weight is not None:
+        taught = _weighted(taught, table, len(classes))
     torch.manual_seed(torch_seed(Purpose.INIT, *key))
     model = build_model(spec.model, classes=len(classes), channels=table.images.shape[-1])
     if start_weights is not None:
@@ -262,7 +277,7 @@ def _train_unit(
         prepare=prepare,
         runtime=runtime,
         class_weights=loss_class_weights(spec.loss.class_weights, labels[learnt_rows], len(classes)),
-        taught=None if lesson is None else lesson.taught,
+        taught=taught,
     )
     batches = Batches(
         table.images,
@@ -362,6 +377,15 @@ def _train_unit(
             "weights_sha256": sha256_file(weights),
         },
     )
+
+
+def _weighted(taught: Taught | None, table: Table, classes: int) -> Taught:
+    """What is taught, with each row's own weight in it."""
+    assert table.weight is not None
+    if taught is not None:
+        return replace(taught, weights=taught.weights * table.weight)
+    # The last row of the identity is for label -1, whose rows are not trained on.
+    return Taught(np.eye(classes + 1, classes, dtype=np.float32)[table.labels], table.weight)
 
 
 def metadata(model: ModelSpec, classes: Sequence[str], prepare: ToInput) -> dict[str, str]:

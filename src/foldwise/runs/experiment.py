@@ -16,6 +16,7 @@ from foldwise.metrics import confusion_matrix, per_class_table
 from foldwise.records.store import RunFolder, Unit, load_run, rows_of, shown
 from foldwise.runs.events import Event, Listener, Message, RunDone, RunStarted, UnitDone
 from foldwise.runs.executors import Job, make_executor, units_of
+from foldwise.runs.external import merged_guards
 from foldwise.runs.plan import Plan, make_plan
 from foldwise.runs.provenance import command_line, git_state, versions
 from foldwise.spec.model import ExperimentSpec, resolved
@@ -67,7 +68,7 @@ def run_experiment(
     Raises:
         FoldwiseError: For whatever the user can mend; what was finished before is kept.
     """
-    plan = make_plan(root, spec, split=options.split, smoke=options.smoke)
+    plan = make_plan(root, spec, split=options.split, smoke=options.smoke, say=lambda text: screen.on(Message(text)))
     given, spec = spec, plan.spec
     runtime = pick_runtime(options.device, spec.train.precision, spec.train.threads)
     units, wanted = plan.units(), plan.units(options.folds)
@@ -99,7 +100,7 @@ def run_experiment(
                     smoke=options.smoke,
                 )
             )
-            for note in folder.notes:
+            for note in (*plan.guarded.told, *folder.notes):
                 emit(Message(note))
             if options.smoke and plan.teachers is not None:
                 emit(
@@ -163,13 +164,14 @@ def seal(plan: Plan, folder: RunFolder, kept: Sequence[Unit], *, tracker: str | 
         RecordError: If a unit is not kept, or does not fit the folds.
     """
     spec, data = plan.spec, plan.data
-    origins = [origin for origin in (plan.start, plan.teachers) if origin is not None]
+    origins = [origin for origin in (plan.guarded, plan.start, plan.teachers) if origin is not None]
+    before = [origin for origin in (plan.start, plan.teachers) if origin is not None]
     tuned = ["tuned"] if spec.tuned is not None and spec.tuned.folds_sha256 == plan.folds.sha256 else []
-    marks = [*spec.marks, *(mark for origin in origins for mark in origin.marks), *tuned]
+    marks = [*spec.marks, *(mark for origin in before for mark in origin.marks), *tuned]
     external: list[Any] = []
-    for one in (one for origin in origins for one in origin.external):
-        if one not in external:
-            external.append(one)
+    for source in (source for origin in origins for source in origin.external):
+        if source not in external:
+            external.append(source)
     # Every seed of a fold has the same teachers, and so the same pseudo-labels.
     pseudo = {str(unit.fold): unit.info["n_pseudo"] for unit in kept if "n_pseudo" in unit.info}
     return folder.complete(
@@ -188,6 +190,7 @@ def seal(plan: Plan, folder: RunFolder, kept: Sequence[Unit], *, tracker: str | 
             "command": command_line(),
             "tracker": tracker,
             "external": external,
+            "leak_guard": merged_guards([one.guard for one in origins], (spec.competition, *spec.clear_of)),
             "marks": list(dict.fromkeys(marks)),
             **({"n_pseudo": pseudo} if pseudo else {}),
         },

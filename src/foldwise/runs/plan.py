@@ -5,6 +5,7 @@ A worker in another process or on another machine makes the same plan from the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from foldwise.errors import FoldwiseError
 from foldwise.metrics import METRICS, Metric
 from foldwise.records.store import Context, RunFolder
 from foldwise.runs.crossval import Table, make_table, relabelled, smoke_table
+from foldwise.runs.external import Guarded, guarded
 from foldwise.runs.starting import Start, starting_point
 from foldwise.runs.teachers import Teachers, find_teachers, stand_ins
 from foldwise.spec.load import spec_yaml
@@ -30,7 +32,8 @@ class Plan:
         split: Which split of folds.csv, from 0.
         smoke: Whether it is a smoke run.
         data: The competition.
-        table: Its images, labels and folds, in the classes that the experiment learns.
+        own: Its images, labels and folds, in the classes that the experiment learns.
+        guarded: The same with what joins it from elsewhere, and what is not trained on.
         classes: These classes, in the order of their indices.
         metric: The competition's.
         folds: The split, or the two folds of a smoke run.
@@ -44,13 +47,19 @@ class Plan:
     split: int
     smoke: bool
     data: Dataset
-    table: Table
+    own: Table
+    guarded: Guarded
     classes: tuple[str, ...]
     metric: Metric
     folds: Folds
     context: Context
     start: Start | None
     teachers: Teachers | None
+
+    @property
+    def table(self) -> Table:
+        """All rows that the experiment trains on or predicts, in the classes that it learns."""
+        return self.guarded.joined
 
     @property
     def path(self) -> Path:
@@ -85,7 +94,14 @@ class Plan:
         )
 
 
-def make_plan(root: Path, spec: ExperimentSpec, *, split: int = 0, smoke: bool = False) -> Plan:
+def make_plan(
+    root: Path,
+    spec: ExperimentSpec,
+    *,
+    split: int = 0,
+    smoke: bool = False,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Plan:
     """Work out what a run will do.
 
     Args:
@@ -93,20 +109,22 @@ def make_plan(root: Path, spec: ExperimentSpec, *, split: int = 0, smoke: bool =
         spec: The experiment.
         split: Which split of folds.csv, from 0.
         smoke: One epoch on 64 images in two folds.
+        say: Takes a line where something is going to take its time.
 
     Raises:
-        FoldwiseError: If the competition was not taken in, has no such split, or starting weights or teachers will not
-            do.
+        FoldwiseError: If the competition was not taken in, has no such split, or external data, starting weights or
+            teachers will not do.
     """
     data = load_dataset(root, spec.competition, split=split)
-    table, classes = relabelled(make_table(data), data.competition.classes, spec.label_map)
+    own, classes = relabelled(make_table(data), data.competition.classes, spec.label_map)
     folds = data.folds
     if smoke:
-        spec, table = _smoke_spec(spec), smoke_table(table, spec.seeds[0])
-        labelled = table.labels >= 0
-        folds = Folds(table.ids[labelled], table.fold[labelled], table.group[labelled])
-    start = starting_point(root, spec.model, data)
-    teachers = _teachers(root, spec, data, table, classes, smoke=smoke)
+        spec, own = _smoke_spec(spec), smoke_table(own, spec.seeds[0])
+        labelled = own.labels >= 0
+        folds = Folds(own.ids[labelled], own.fold[labelled], own.group[labelled])
+    start = starting_point(root, spec, data)
+    joined = guarded(root, spec, data, own, smoke=smoke, say=say)
+    teachers = _teachers(root, spec, data, joined.joined, classes, smoke=smoke)
     made_by = data.competition.split.model_dump(mode="json")
     context = Context(
         competition=spec.competition,
@@ -117,21 +135,26 @@ def make_plan(root: Path, spec: ExperimentSpec, *, split: int = 0, smoke: bool =
         smoke=smoke,
         start_sha256=None if start is None else start.sha256,
         teachers_sha256=None if teachers is None else teachers.sha256,
+        guard_sha256=joined.sha256,
     )
     metric = METRICS[data.competition.metric]
-    return Plan(root, spec, split, smoke, data, table, classes, metric, folds, context, start, teachers)
+    return Plan(root, spec, split, smoke, data, own, joined, classes, metric, folds, context, start, teachers)
 
 
 def with_spec(plan: Plan, spec: ExperimentSpec) -> Plan:
     """The same data under another spec of the same competition and classes, without reading the data again."""
-    start = starting_point(plan.root, spec.model, plan.data)
-    teachers = _teachers(plan.root, spec, plan.data, plan.table, plan.classes, smoke=plan.smoke)
+    start = starting_point(plan.root, spec, plan.data)
+    joined = plan.guarded
+    if (spec.external, spec.clear_of) != (plan.spec.external, plan.spec.clear_of):
+        joined = guarded(plan.root, spec, plan.data, plan.own, smoke=plan.smoke)
+    teachers = _teachers(plan.root, spec, plan.data, joined.joined, plan.classes, smoke=plan.smoke)
     context = replace(
         plan.context,
         start_sha256=None if start is None else start.sha256,
         teachers_sha256=None if teachers is None else teachers.sha256,
+        guard_sha256=joined.sha256,
     )
-    return replace(plan, spec=spec, context=context, start=start, teachers=teachers)
+    return replace(plan, spec=spec, guarded=joined, context=context, start=start, teachers=teachers)
 
 
 def _teachers(

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from foldwise.data.competition import Dataset
+from foldwise.data.competition import Dataset, load_dataset
 from foldwise.errors import Fault, RecordError
 from foldwise.files import sha256_json
 from foldwise.learn.device import Runtime
 from foldwise.learn.objectives import Taught, softened
 from foldwise.records.store import Run, Unit, load_run, read_units, rows_of
 from foldwise.runs.crossval import Lesson, Table
+from foldwise.runs.external import clear_of, merged_guards
 from foldwise.runs.kept import kept_models, weight_files
 from foldwise.spec.model import ExperimentSpec, PseudoSpec
 
@@ -38,12 +39,14 @@ class Teachers:
         sha256: Of each run's predictions and weights, by name, so that a run does not go on with other teachers.
         marks: Marks of the runs, which follow.
         external: External data of the runs, which follows.
+        guard: `leak_guard` of the runs, put together.
     """
 
     lesson: Callable[[int, np.ndarray, Runtime], Lesson]
     sha256: dict[str, str]
     marks: list[str]
     external: list[Any]
+    guard: dict[str, Any] | None = None
 
 
 def find_teachers(
@@ -80,6 +83,7 @@ def find_teachers(
         for name in asked.teachers:
             places.setdefault(name, f"{section}.from: {name}")
     runs: dict[str, Run] = {}
+    clear = [load_dataset(root, name) for name in spec.clear_of]
     faults = list(_without_unlabelled(spec, data, table))
     for name, where in places.items():
         try:
@@ -88,6 +92,7 @@ def find_teachers(
             faults += error.faults
             continue
         reasons = list(_differences(run, spec, data, classes))
+        reasons += [why for one in clear if (why := clear_of(run.info["leak_guard"], one)) is not None]
         fix = f"name k-fold runs of {data.competition.name} on its present folds, of the same classes"
         faults += [Fault(where, reason, fix) for reason in reasons]
         if not reasons:
@@ -124,6 +129,7 @@ def find_teachers(
         {name: _sha256(run) for name, run in runs.items()},
         list(dict.fromkeys(mark for run in runs.values() for mark in run.info["marks"])),
         [one for run in runs.values() for one in run.info["external"]],
+        merged_guards([run.info["leak_guard"] for run in runs.values()], (spec.competition, *spec.clear_of)),
     )
 
 

@@ -204,6 +204,25 @@ class DistillSpec(TeachersSpec):
     )
 
 
+class ExternalSpec(Section):
+    """Labelled images of another data set that are trained on too, less those that are copies of the competition's."""
+
+    source: str = Field(description="A folder under `inputs/`, taken in by `make data COMP=<source>`.")
+    class_map: dict[str, str | None] = Field(
+        default_factory=dict,
+        description="From the source's classes to the competition's; null leaves a class out, and what is not named "
+        "here goes by its own name.",
+    )
+    weight: Positive = Field(1.0, description="Weight of such an image in the loss, one of the competition having 1.")
+
+    @field_validator("source")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not EXPERIMENT_NAME.fullmatch(value):
+            raise ValueError(f"expected the name of a folder under inputs/, but got {value!r}")
+        return value
+
+
 class RangeSpec(Section):
     """Numbers from `low` to `high`, both ends included."""
 
@@ -330,6 +349,14 @@ class ExperimentSpec(Section):
         description="From every class of the competition to the class that this experiment learns; classes of one name "
         "merge. The run is scored on its own classes, and never blended with runs of others.",
     )
+    external: tuple[ExternalSpec, ...] = Field(
+        (), description="Images from elsewhere that join the training side of every fold, and are never validated on."
+    )
+    clear_of: tuple[str, ...] = Field(
+        (),
+        description="Other competitions whose images, or copies of them, are not trained on, so that their experiments "
+        "may start from this run.",
+    )
     model: ModelSpec
     augment: tuple[dict[str, dict[str, Any]], ...] = Field(
         (), description="albumentations transforms by name, with their parameters, applied in order at the native size."
@@ -366,6 +393,24 @@ class ExperimentSpec(Section):
             raise ValueError(f"expected seeds from 0 to 2**32 - 1, but got {list(value)}")
         return value
 
+    @field_validator("external")
+    @classmethod
+    def _distinct_sources(cls, value: tuple[ExternalSpec, ...]) -> tuple[ExternalSpec, ...]:
+        names = [one.source for one in value]
+        if len(set(names)) != len(names):
+            raise ValueError(f"expected distinct sources, but got {names}")
+        return value
+
+    @field_validator("clear_of")
+    @classmethod
+    def _distinct_competitions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not EXPERIMENT_NAME.fullmatch(name):
+                raise ValueError(f"expected names of folders under inputs/, but got {name!r}")
+        if len(set(value)) != len(value):
+            raise ValueError(f"expected distinct competitions, but got {list(value)}")
+        return value
+
     @field_validator("label_map")
     @classmethod
     def _two_classes_or_more(cls, value: dict[str, str] | None) -> dict[str, str] | None:
@@ -395,6 +440,10 @@ class ExperimentSpec(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        if self.competition in {one.source for one in self.external}:
+            raise ValueError(f"`external` names the competition itself: {self.competition!r}")
+        if self.competition in self.clear_of:
+            raise ValueError(f"`clear_of` names the competition itself: {self.competition!r}")
         if self.optim.layer_decay is not None and self.optim.backbone_lr_scale != 1.0:
             raise ValueError("`optim.layer_decay` and `optim.backbone_lr_scale` both set the backbone's rate: give one")
         if self.train.freeze_backbone_epochs >= self.train.epochs:

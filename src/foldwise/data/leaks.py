@@ -1,0 +1,235 @@
+"""Which images from elsewhere are copies of a competition's own, so that nothing is trained on what is scored.
+
+A copy is found through JPEG, resizing, brightness and contrast, mirroring, small shifts and crops of a few per cent.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from foldwise.data.competition import Dataset, competition_folder
+from foldwise.data.stacked import Images
+from foldwise.files import atomic_write, sha256_json
+
+THRESHOLD = 0.85
+"""Similarity from which on two images are copies of one picture; docs/EXTERNAL.md shows what lies on both sides."""
+
+VERSION = 1
+"""Of the measure: runs that were cleaned by another one are no longer vouched for."""
+
+# Every image is compared as a gray one of this side, px, whatever its own size.
+_SIDE = 48
+# Two thirds to an eighth of a face: below lies what JPEG does, above what light does, and faces share both.
+_FINE_SIGMA, _COARSE_SIGMA = 0.8, 5.0
+# All pairs are compared by a grid of so many cells a side, at these zooms and shifts (px), mirrored or not.
+_CELLS, _GRID_ZOOMS, _SHIFTS = 12, (0.88, 1.0, 1.14), (-3, 0, 3)
+# The likeliest partner is then compared px by px: its middle, at these zooms, wherever it lies in the image.
+_CORE, _ZOOMS = 36, (0.84, 0.92, 1.0, 1.09, 1.19)
+# A pair that is less similar on the grid is no copy, and is compared no further: no copy was ever below 0.66.
+_WORTH_A_LOOK = 0.64
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Likeness:
+    """How much the images of one data set resemble those of another.
+
+    Attributes:
+        ids: (N,) str, of the images from elsewhere.
+        nearest: (N,) str, the id of the competition's image that each resembles most.
+        similarity: (N,) float32 in [-1, 1], of the best alignment of the two; by the grid alone below its floor.
+        threshold: Similarity from which on an image is a copy.
+    """
+
+    ids: npt.NDArray[np.str_]
+    nearest: npt.NDArray[np.str_]
+    similarity: Floats
+    threshold: float = THRESHOLD
+
+    @cached_property
+    def copies(self) -> npt.NDArray[np.bool_]:
+        """(N,) bool: what must not be trained on."""
+        return self.similarity >= np.float32(self.threshold)
+
+    def counts(self) -> dict[str, int]:
+        """Copies by similarity, from the threshold up, in steps that grow finer."""
+        ends = [self.threshold, 0.9, 0.95, 0.98, np.inf]
+        found, _ = np.histogram(self.similarity[self.copies], ends)
+        names = [f"{low:.2f} to {high:.2f}" for low, high in pairwise(ends[:-1])]
+        return dict(zip([*names, f"{ends[-2]:.2f} and more"], found.tolist(), strict=True))
+
+
+def likeness(
+    images: Dataset, competition: Dataset, root: Path, *, say: Callable[[str], None] = lambda _text: None
+) -> Likeness:
+    """Compare a data set with a competition; kept below the data set's cache for as long as neither changes.
+
+    Args:
+        images: The data set from elsewhere.
+        competition: The competition, training and test images alike.
+        root: The project's root.
+        say: Takes a line before images are compared, which can take a while.
+    """
+    key = sha256_json([VERSION, images.sha256, competition.sha256])[:16]
+    path = competition_folder(root, images.competition.name) / "cache" / f"likeness-{key}.csv"
+    if (kept := _read(path, images)) is not None:
+        return kept
+    say(
+        f"leak guard: compares {len(images.ids)} images of {images.competition.name} with {len(competition.ids)} of "
+        f"{competition.competition.name}, once"
+    )
+    rows, similarity = nearest_copies(images.images, competition.images)
+    found = Likeness(images.ids, competition.ids[rows], similarity)
+    _write(path, found)
+    return found
+
+
+def nearest_copies(images: Images, others: Images, *, block: int = 2048) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Find for each image the one of another set that it is likeliest a copy of.
+
+    The similarity is the normalised correlation (zero mean, unit norm) of the band-passed middle of either image with
+    the other, at its highest over mirroring, zooms of 0.84 to 1.19 and all shifts of up to an eighth of a side. In
+    the band between fine noise and broad shading two photographs of faces resemble each other least.
+
+    Memory grows with `block` and M, time with N times M: the million images that N may be take M = 3,000 some ten
+    minutes on two cores. A constant image is like nothing: 0.
+
+    Args:
+        images: (N, H, W, C) uint8, 0-255, C 1 or 3 (RGB); may be memory-mapped.
+        others: (M, H', W', C') uint8, M at least 1; sizes and channels need not be those of `images`.
+        block: Images compared at a time.
+
+    Returns:
+        (N,) int64 rows of `others`, and (N,) float32 similarities.
+    """
+    partner = np.zeros(len(images), dtype=np.int64)
+    similarity = np.zeros(len(images), dtype=np.float32)
+    pictures = _gray(others)
+    grids = list(_grids(pictures))
+    for start in range(0, len(images), block):
+        mine = _gray(images[start : start + block])
+        best, rows = _on_grid(_banded(mine), grids)
+        for index in np.flatnonzero(best >= _WORTH_A_LOOK).tolist():
+            pair = mine[index], pictures[rows[index]]
+            best[index] = max(_aligned(*pair), _aligned(*reversed(pair)))
+        partner[start : start + block], similarity[start : start + block] = rows, best
+    return partner, similarity
+
+
+def _gray(images: Images) -> Floats:
+    """(n, 48, 48) float32; luma of Rec. 601 where there are colours."""
+    out = np.empty((len(images), _SIDE, _SIDE), dtype=np.float32)
+    for index in range(len(images)):
+        image = images[index]
+        flat = image[..., 0] if image.shape[-1] == 1 else cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+        if flat.shape != (_SIDE, _SIDE):
+            flat = cv2.resize(flat, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
+        out[index] = flat
+    return out
+
+
+def _banded(pictures: Floats) -> Floats:
+    """What is neither fine noise nor broad shading: a difference of Gaussians."""
+    out = np.empty_like(pictures)
+    for index, picture in enumerate(pictures):
+        fine, broad = (
+            cv2.GaussianBlur(picture, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
+            for sigma in (_FINE_SIGMA, _COARSE_SIGMA)
+        )
+        out[index] = fine - broad
+    return out
+
+
+def _grids(pictures: Floats) -> Iterator[Floats]:
+    """(M, cells) unit rows of the pictures, one for each zoom and shift, mirrored and not."""
+    margin = max(_SHIFTS)
+    for zoom in _GRID_ZOOMS:
+        banded = _banded(np.stack([_zoomed(picture, zoom) for picture in pictures]))
+        for mirrored in (banded, banded[:, :, ::-1]):
+            padded = np.pad(mirrored, ((0, 0), (margin, margin), (margin, margin)))
+            for down, right in product(_SHIFTS, repeat=2):
+                top, left = margin + down, margin + right
+                yield _cells(padded[:, top : top + _SIDE, left : left + _SIDE])
+
+
+def _zoomed(picture: Floats, zoom: float) -> Floats:
+    """A picture enlarged (zoom > 1) or made smaller about its middle, in its own size."""
+    if zoom == 1:
+        return picture
+    offset = (1 - zoom) * (_SIDE - 1) / 2
+    matrix = np.array([[zoom, 0, offset], [0, zoom, offset]])
+    zoomed: Floats = cv2.warpAffine(
+        picture, matrix, (_SIDE, _SIDE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+    )
+    return zoomed
+
+
+def _cells(banded: Floats) -> Floats:
+    side = _SIDE // _CELLS
+    means = banded.reshape(len(banded), _CELLS, side, _CELLS, side).mean((2, 4)).reshape(len(banded), -1)
+    means -= means.mean(axis=1, keepdims=True)
+    norm = np.linalg.norm(means, axis=1, keepdims=True)
+    norm[norm < 1e-3] = np.inf  # a constant picture, but for rounding
+    unit: Floats = (means / norm).astype(np.float32)
+    return unit
+
+
+def _on_grid(banded: Floats, grids: list[Floats]) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """The highest correlation of each image with any of the others, and whose that is."""
+    cells = _cells(banded)
+    best = np.full(len(cells), -np.inf, dtype=np.float32)
+    rows = np.zeros(len(cells), dtype=np.int64)
+    for grid in grids:
+        correlation = cells @ grid.T
+        here = correlation.argmax(axis=1)
+        value = correlation[np.arange(len(cells)), here]
+        better = value > best
+        best[better], rows[better] = value[better], here[better]
+    return best, rows
+
+
+def _aligned(picture: Floats, other: Floats) -> float:
+    """The highest correlation of a picture with the middle of another, over zooms, mirroring and shifts."""
+    low = (_SIDE - _CORE) // 2
+    banded = _banded(picture[None])[0]
+    best = -1.0
+    for zoom in _ZOOMS:
+        middle = np.ascontiguousarray(_banded(_zoomed(other, zoom)[None])[0, low : low + _CORE, low : low + _CORE])
+        if np.ptp(middle) < 1e-3:
+            continue
+        for core in (middle, np.ascontiguousarray(middle[:, ::-1])):
+            best = max(best, float(cv2.matchTemplate(banded, core, cv2.TM_CCOEFF_NORMED).max()))
+    return min(best, 1.0)
+
+
+def _read(path: Path, images: Dataset) -> Likeness | None:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+    except (OSError, ValueError):
+        return None
+    if header != ["id", "nearest", "similarity"] or [row[0] for row in rows] != images.ids.tolist():
+        return None
+    columns: list[Any] = list(zip(*rows, strict=True))
+    return Likeness(images.ids, np.array(columns[1], dtype=np.str_), np.array(columns[2], dtype=np.float32))
+
+
+def _write(path: Path, found: Likeness) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "nearest", "similarity"])
+    for image, other, value in zip(found.ids, found.nearest, found.similarity, strict=True):
+        writer.writerow([image, other, f"{value:.9g}"])
+    atomic_write(path, text.getvalue())
