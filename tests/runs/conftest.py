@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,9 +167,10 @@ class Tuning:
         path.parent.mkdir(exist_ok=True)
         path.write_text(dump_yaml(spec.model_dump(mode="json", exclude_defaults=True)))
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """`run.py tune` as a process of its own."""
-        command = [sys.executable, str(REPO / "run.py"), "--root", str(self.root), "tune", self.name, "--track", "none"]
+    def start(self, *arguments: str, through: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """`run.py tune` as a process of its own; `through` is what Python is given before it."""
+        python = [sys.executable, *through]
+        command = [*python, str(REPO / "run.py"), "--root", str(self.root), "tune", self.name, "--track", "none"]
         # Tests that a shell started in the background ignore Ctrl-C, and so would what they start.
         before = signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:

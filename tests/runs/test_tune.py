@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -439,6 +438,38 @@ def undisturbed(shades_root: Path, tuned: Any, tmp_path_factory: pytest.TempPath
     return whole
 
 
+# Only the process itself can stop at the same moment on every machine. Such moments are the steps of an optimizer, and
+# just before and just after a file is put in its place, which `os.replace` does for all of them.
+STOPPING = """
+import os, runpy, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+stop, units, moments = map(int, sys.argv[1:4])
+del sys.argv[:4]
+replace = os.replace
+
+def pass_moment(*_):
+    global moments
+    if units <= 0:
+        moments -= 1
+        if moments == 0:
+            os.kill(os.getpid(), stop)
+
+def telling(source, target):
+    global units
+    pass_moment()
+    replace(source, target)
+    units -= os.path.basename(target) == "unit.json"
+    pass_moment()
+
+os.replace = telling
+register_optimizer_step_post_hook(pass_moment)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# The moments after a unit was kept: as the next trial is begun, as it is trained, and as its files are written.
+BEGINNING, TRAINING, WRITING = range(1, 6), range(6, 10), range(10, 21)
+
+
 def finish(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -450,8 +481,8 @@ def finish(process: subprocess.Popen[str]) -> str:
 @pytest.mark.parametrize(
     ("storage", "stops"),
     [
-        (None, (signal.SIGKILL, signal.SIGKILL)),
-        ("journal:oof/tiny/tune/study.log", (signal.SIGKILL, signal.SIGINT)),
+        (None, ((signal.SIGKILL, TRAINING), (signal.SIGKILL, WRITING))),
+        ("journal:oof/tiny/tune/study.log", ((signal.SIGKILL, BEGINNING), (signal.SIGINT, TRAINING))),
     ],
     ids=["sqlite", "journal"],
 )
@@ -460,26 +491,23 @@ def test_a_study_that_was_stopped_twice_ends_as_if_it_was_not(
     undisturbed: Any,
     monkeypatch: pytest.MonkeyPatch,
     storage: str | None,
-    stops: tuple[signal.Signals, ...],
+    stops: tuple[tuple[signal.Signals, range], ...],
 ) -> None:
     tuning.write(tuning.spec(**TWELVE))
     given = ["--storage", storage] if storage else []
-    moments = random.Random(storage)
+    drawn = random.Random(str(storage))
     units: dict[str, int] = {}
-    for stop in stops:
-        with tuning.start(*given) as process:
-            until = time.monotonic() + 300
-            while len(tuning.units()) < len(units) + 3:
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < until, "nothing happened"
-                time.sleep(0.005)
-            time.sleep(moments.uniform(0, 0.8))
-            process.send_signal(stop)
-            _, err = process.communicate(timeout=120)
+    for stop, moments in stops:
+        left = len(undisturbed.units()) - len(units)
+        more = drawn.randint(left // 4, left * 2 // 5)
+        numbers = [int(stop), more, drawn.choice(moments)]
+        process = tuning.start(*given, through=["-c", STOPPING, *map(str, numbers)])
+        _, err = process.communicate(timeout=300)
         assert process.returncode == (130 if stop == signal.SIGINT else -stop)
         if stop == signal.SIGINT:
             assert err == "\nstopped; the same command goes on from the last finished epoch\n"
         assert tuning.units().items() >= units.items(), "what was trained was trained again"
+        assert len(tuning.units()) == len(units) + more
         units = tuning.units()
         assert not (tuning.path / "tune.json").exists()
     finish(tuning.start(*given))
