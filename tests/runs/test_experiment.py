@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,23 @@ def test_oof_and_test_are_gathered_from_the_units(kept: Any) -> None:
     assert sorted(test.index.astype(int)) == list(range(141, 171))
 
 
+def test_what_the_views_add_is_told_with_its_error(kept: Any) -> None:
+    record = json.loads((kept.path() / "run.json").read_text())
+    told = record["tta_gain"]
+    assert told["gain"] == pytest.approx(record["score"] - record["score_without_tta"])
+    # The share of images on which views change the verdict bounds the error: at least one image, at most all.
+    assert 0 <= told["standard_error"] < 1 / math.sqrt(record["n_scored"])
+    units = [json.loads((kept.path() / f"fold{k}" / "seed42" / "unit.json").read_text()) for k in FOLDS]
+    shares = np.array([unit["n_val"] for unit in units]) / record["n_scored"]
+    errors = [unit["tta_gain"]["standard_error"] for unit in units]
+    assert told["standard_error"] == pytest.approx(np.sqrt(((shares * errors) ** 2).sum()))
+
+
+def test_no_views_no_gain_of_them(project: Any) -> None:
+    record, _ = project.run(project.spec(tta=("identity",)))
+    assert record["tta_gain"] is None
+
+
 def test_history_has_a_row_an_epoch_and_unit(kept: Any) -> None:
     history = kept.table("tiny", "history.csv")
     assert list(zip(history["fold"], history["seed"], history["epoch"], strict=True)) == [
@@ -100,7 +118,7 @@ def test_the_record_says_what_made_the_run(kept: Any) -> None:
         "fold_standard_errors", "seed_scores", "seed_std", "source_scores", "n_scored", "test_score",
         "test_standard_error", "classes", "split", "seeds", "smoke", "attempt", "started", "finished", "wall_s",
         "peak_rss_mib", "hashes", "weights", "device", "threads", "precision", "git", "versions", "tta", "parameters",
-        "command", "tracker", "external", "leak_guard", "marks", "score_without_tta", "label_map",
+        "command", "tracker", "external", "leak_guard", "marks", "score_without_tta", "tta_gain", "label_map",
     }  # fmt: skip
     assert record["hashes"] | {"folds": "", "inputs": ""} == {
         "start": None,

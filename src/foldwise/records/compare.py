@@ -50,6 +50,7 @@ class Row:
         seed_std: Standard deviation of the score over seeds; None with one seed.
         tta_gain: Score with less score without test-time augmentation, positive where it helps; of a mean seed where
             there are several. None where there is no such augmentation, or where it is unknown.
+        tta_error: Paired standard error of `tta_gain`; None where the record does not tell it.
         parameters: Of one model; None where unknown.
         wall_s: Seconds of training, all units together.
         device: What it was trained on.
@@ -69,6 +70,7 @@ class Row:
     seeds: int
     seed_std: float | None
     tta_gain: float | None
+    tta_error: float | None
     parameters: int | None
     wall_s: float
     device: str
@@ -483,6 +485,7 @@ def _row(run: Run, metric: Metric, error: float, told: float | None, behind: Dif
         seeds=len(info["seeds"]),
         seed_std=info["seed_std"],
         tta_gain=_tta_gain(run, metric),
+        tta_error=(info.get("tta_gain") or {}).get("standard_error"),
         parameters=info["parameters"],
         wall_s=info["wall_s"],
         device="; ".join(map(str, device)) if isinstance(device, list) else str(device or "-"),

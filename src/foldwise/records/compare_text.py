@@ -101,11 +101,17 @@ def _score_table(group: Group) -> Table:
             told = info.get("test_score") is not None
             cells.append(_plus_minus(info["test_score"], info["test_standard_error"]) if told else "-")
         if augmented:
-            cells.append("-" if row.tta_gain is None else f"{row.tta_gain:+.4f}")
+            cells.append(_tta(row))
         if marked:
             cells.append(", ".join(row.marks) or "-")
         table.add_row(*map(Text, cells))
     return table
+
+
+def _tta(row: Row) -> str:
+    if row.tta_gain is None:
+        return "-"
+    return f"{row.tta_gain:+.4f}" + ("" if row.tta_error is None else f" +- {row.tta_error:.4f}")
 
 
 def _neighbour_table(group: Group) -> Table:
@@ -342,8 +348,7 @@ def _row_json(row: Row, rank: int, group: Group) -> dict[str, Any]:
         "test_score": info.get("test_score"),
         "test_standard_error": info.get("test_standard_error"),
         "source_scores": info.get("source_scores", {}),
-        # Predictions without augmentation are not kept, so that the error of the gain cannot be had.
-        "tta": {"views": info["tta"], "gain": row.tta_gain, "standard_error": None},
+        "tta": {"views": info["tta"], "gain": row.tta_gain, "standard_error": row.tta_error},
         "parameters": row.parameters,
         "wall_s": row.wall_s,
         "device": row.device,
@@ -426,6 +431,7 @@ def to_csv(comparison: Comparison) -> str:
                 "test_score": info.get("test_score"),
                 "test_standard_error": info.get("test_standard_error"),
                 "tta_gain": row.tta_gain,
+                "tta_standard_error": row.tta_error,
                 "parameters": row.parameters,
                 "wall_s": row.wall_s,
                 "device": row.device,

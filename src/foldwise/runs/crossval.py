@@ -33,7 +33,7 @@ from foldwise.metrics import METRICS
 from foldwise.records.store import Unit
 from foldwise.runs.events import EpochDone, Event, Message, StepDone, UnitStarted
 from foldwise.spec.model import ExperimentSpec, ModelSpec, mapped_classes
-from foldwise.stats import standard_error
+from foldwise.stats import paired_difference, standard_error
 
 _SMOKE_IMAGES, _SMOKE_TEST_IMAGES, _SMOKE_FOLDS = 64, 16, 2
 
@@ -368,6 +368,7 @@ def _train_unit(
             "score": score(true, val_probs) if len(val_rows) else None,
             "standard_error": standard_error(METRICS[metric], true, val_probs, groups) if len(val_rows) else None,
             "score_without_tta": score(true, plain) if len(val_rows) else None,
+            "tta_gain": _gain(metric, true, val_probs, plain, groups) if spec.tta != ("identity",) else None,
             "wall_s": round(fitted.wall_s + time.monotonic() - began, 1),
             **_account(fitted, runtime),
             "n_train": len(learnt_rows),
@@ -377,6 +378,16 @@ def _train_unit(
             "weights_sha256": sha256_file(weights),
         },
     )
+
+
+def _gain(
+    metric: str, labels: np.ndarray, probs: np.ndarray, plain: np.ndarray, groups: np.ndarray
+) -> dict[str, float] | None:
+    """What test-time augmentation adds on a fold, positive where it helps, with its paired standard error."""
+    if not len(labels):
+        return None
+    told = paired_difference(METRICS[metric], labels, probs, plain, groups)
+    return {"gain": told.gain, "standard_error": told.standard_error}
 
 
 def _weighted(taught: Taught | None, table: Table, classes: int) -> Taught:

@@ -5,6 +5,7 @@ Only here do cross-validation, the store and the followers of a run meet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -182,6 +183,7 @@ def seal(plan: Plan, folder: RunFolder, kept: Sequence[Unit], *, tracker: str | 
         sources=data.source[rows_of(data.ids, plan.folds.ids)] if data.competition.sources else None,
         info={
             "score_without_tta": _without_tta(kept),
+            "tta_gain": tta_gain(kept),
             "parameters": kept[0].info["parameters"],
             "tta": list(spec.tta),
             "label_map": spec.label_map,
@@ -207,6 +209,24 @@ def _without_tta(units: Sequence[Unit]) -> float | None:
     """Mean score of the units without test-time augmentation, each by the size of its fold."""
     pairs = [(unit.info["score_without_tta"], len(unit.val_ids)) for unit in units if len(unit.val_ids)]
     return sum(score * count for score, count in pairs) / sum(count for _, count in pairs) if pairs else None
+
+
+def tta_gain(units: Sequence[Unit]) -> dict[str, float] | None:
+    """What test-time augmentation adds to a unit, each by the size of its fold; None where some unit does not tell.
+
+    Folds hold different images, so that their errors add up as squares; the seeds of a fold share its images, and their
+    errors are taken to be one.
+    """
+    scored = [unit for unit in units if len(unit.val_ids)]
+    if not scored or any(unit.info.get("tta_gain") is None for unit in scored):
+        return None
+    total = sum(len(unit.val_ids) for unit in scored)
+    gain, errors = 0.0, dict.fromkeys((unit.fold for unit in scored), 0.0)
+    for unit in scored:
+        share = len(unit.val_ids) / total
+        gain += share * unit.info["tta_gain"]["gain"]
+        errors[unit.fold] += share * unit.info["tta_gain"]["standard_error"]
+    return {"gain": gain, "standard_error": math.hypot(*errors.values())}
 
 
 def _done(path: Path, record: dict[str, Any]) -> RunDone:

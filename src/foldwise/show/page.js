@@ -187,8 +187,11 @@
         number: true,
         down: true,
         value: (run) => run.tta_gain,
-        show: (run) => (run.tta_gain === null ? "\u2013" : signed(run.tta_gain)),
-        about: "Score with less score without test-time augmentation; how sure it is, the kept files do not tell",
+        show: (run) =>
+          run.tta_gain === null
+            ? "\u2013"
+            : signed(run.tta_gain) + (run.tta_error === null ? "" : ` \u00b1 ${fixed(run.tta_error)}`),
+        about: "Score with less score without test-time augmentation, with its paired standard error where it is kept",
       },
       {
         title: "Parameters",

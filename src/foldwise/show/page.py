@@ -169,6 +169,7 @@ def _run(row: Row, counts: NDArray[np.int64], panels: Sequence[str], notes: list
         "seeds": row.seeds,
         "seed_std": row.seed_std,
         "tta_gain": row.tta_gain,
+        "tta_error": row.tta_error,
         "parameters": row.parameters,
         "wall_s": row.wall_s,
         "device": row.device,
