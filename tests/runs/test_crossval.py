@@ -349,10 +349,26 @@ def test_a_head_of_other_classes_is_left_aside_though_it_fits(tmp_path: Path) ->
     spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": "run:other"})})
     start = {"start_weights": lambda _fold, _seed: weights}
     (same,), _ = run(table, tmp_path / "same", spec, units=((0, 42),), **start)
-    (anew,), _ = run(table, tmp_path / "anew", spec, units=((0, 42),), new_head=True, **start)
+    others = {"start_classes": ("happy", "sad", "bored")}
+    (anew,), _ = run(table, tmp_path / "anew", spec, units=((0, 42),), **others, **start)
     assert same.val_probs[:, 0].min() > 0.99
     assert anew.val_probs[:, 0].max() < 0.9
     assert made.val_ids.tolist() == anew.val_ids.tolist()
+
+
+def test_a_head_of_the_same_classes_in_another_order_is_kept(tmp_path: Path) -> None:
+    table = make_table(dataset())
+    spec = spec_of(epochs=1).model_copy(update={"optim": OptimSpec(lr=1e-12)})
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"weights": "run:other"})})
+    run(table, tmp_path / "made", spec_of(), units=((0, 42),))
+    weights = safetensors.torch.load_file(tmp_path / "made" / "fold0" / "seed42" / "weights.safetensors")
+    turned = {name: tensor[[2, 0, 1]] if name.startswith("head.") else tensor for name, tensor in weights.items()}
+    order = {"start_classes": [CLASSES[index] for index in (2, 0, 1)]}
+    (same,), _ = run(table, tmp_path / "same", spec, units=((0, 42),), start_weights=lambda _fold, _seed: weights)
+    (back,), _ = run(table, tmp_path / "back", spec, units=((0, 42),), start_weights=lambda _f, _s: turned, **order)
+    (lost,), _ = run(table, tmp_path / "lost", spec, units=((0, 42),), start_weights=lambda _fold, _seed: turned)
+    np.testing.assert_array_equal(back.val_probs, same.val_probs)
+    assert np.abs(lost.val_probs - same.val_probs).max() > 0.01
 
 
 def test_weights_of_another_network_are_refused_and_another_head_is_made_anew(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from rich.text import Text
 from foldwise.files import pretty_json
 from foldwise.metrics import METRICS, confusion_matrix
 from foldwise.records.compare import ALPHA, LEVEL, Comparison, Group, Row
-from foldwise.records.history import EXTERNAL_TRACK
+from foldwise.records.store import external_words
 from foldwise.spec.load import differences, with_defaults
 from foldwise.stats import Difference, holm, normal_p, wilson
 
@@ -152,7 +152,8 @@ def _training_table(group: Group) -> Table:
     table.add_column("data", overflow="fold")
     table.add_column("trained on", overflow="fold")
     for row in group.rows:
-        data = f"external: {', '.join(_source_names(row))}" if row.track == EXTERNAL_TRACK else "own"
+        words = external_words(row.run.info["external"])
+        data = f"external: {', '.join(words)}" if words else "own"
         seeds = f"{row.seeds}" if row.seed_std is None else f"{row.seeds}, std {row.seed_std:.4f}"
         table.add_row(*map(Text, (row.name, seeds, _millions(row.parameters), _duration(row.wall_s), data, row.device)))
     return table
@@ -239,10 +240,6 @@ def _duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _source_names(row: Row) -> list[str]:
-    return [str(one.get("name", one)) if isinstance(one, dict) else str(one) for one in row.run.info["external"]]
 
 
 def _test_of(metric: str) -> str:
@@ -437,7 +434,7 @@ def to_csv(comparison: Comparison) -> str:
                 "device": row.device,
                 "marks": ";".join(row.marks),
                 "track": row.track,
-                "external": ";".join(_source_names(row)),
+                "external": ";".join(external_words(info["external"])),
                 "behind_best": None if behind is None else behind.gain,
                 "behind_best_standard_error": None if behind is None else behind.standard_error,
                 "behind_best_p_corrected": row.told_from_best,

@@ -453,6 +453,29 @@ def load_run(path: Path) -> Run:
         raise RecordError([Fault(f"{where}/{_RECORD}", f"lacks the key {error}", FRESH)]) from None
 
 
+def external_words(external: Iterable[Any]) -> list[str]:
+    """What `external` of a run's record says, a few words an entry.
+
+    Args:
+        external: Entries: images that joined the training, or a run on other images that came before.
+
+    Returns:
+        Such as `fer2013_full (28,709 images)` and `fer2013_full (by run:pre_resnet18)`; a mere name as it is.
+    """
+    words = []
+    for entry in external:
+        if not isinstance(entry, dict):
+            words.append(str(entry))
+            continue
+        told = [f"by {entry['by']}"] if "by" in entry else []
+        if "images" in entry:
+            told.append(f"{entry['images']:,} images")
+        if entry.get("weight", 1) != 1:
+            told.append(f"weight {entry['weight']:g}")
+        words.append(f"{entry['source']} ({', '.join(told)})" if told else entry["source"])
+    return words
+
+
 def read_units(run: Run) -> list[Unit]:
     """Read the units that a complete run was gathered from, and verify that they are these.
 

@@ -176,7 +176,7 @@ def train_unit(
     runtime: Runtime,
     emit: Callable[[Event], None],
     start_weights: Callable[[int, int], Mapping[str, torch.Tensor]] | None = None,
-    new_head: bool = False,
+    start_classes: Sequence[str] | None = None,
     lesson_of: Callable[[int, np.ndarray, Runtime], Lesson] | None = None,
 ) -> Unit:
     """Train one unit and predict with it, or go on with it from its checkpoint.
@@ -192,7 +192,8 @@ def train_unit(
         runtime: Device, precision and threads.
         emit: Takes events.
         start_weights: Weights to start from, by (fold, seed), where the spec says `run:<exp>`.
-        new_head: Leave those weights' head aside, since it is of other classes.
+        start_classes: Classes of those weights' head, in its order. The same ones in another order are put in that of
+            `classes`; for others the head begins anew. None: they are `classes`.
         lesson_of: What teachers say, by fold, labelled rows that are trained on, and runtime; None without teachers.
 
     Returns:
@@ -205,7 +206,7 @@ def train_unit(
     """
     try:
         return _train_unit(
-            spec, table, classes, metric, fold, seed, folder, runtime, emit, start_weights, new_head, lesson_of
+            spec, table, classes, metric, fold, seed, folder, runtime, emit, start_weights, start_classes, lesson_of
         )
     except RuntimeError as error:
         # On the CPU it is a plain RuntimeError, known by its words alone.
@@ -231,7 +232,7 @@ def _train_unit(
     runtime: Runtime,
     emit: Callable[[Event], None],
     start_weights: Callable[[int, int], Mapping[str, torch.Tensor]] | None,
-    new_head: bool,
+    start_classes: Sequence[str] | None,
     lesson_of: Callable[[int, np.ndarray, Runtime], Lesson] | None,
 ) -> Unit:
     key = (seed, fold)
@@ -266,7 +267,8 @@ def _train_unit(
     torch.manual_seed(torch_seed(Purpose.INIT, *key))
     model = build_model(spec.model, classes=len(classes), channels=table.images.shape[-1])
     if start_weights is not None:
-        _start_from(model, start_weights(fold, seed), spec.model.weights, new_head=new_head)
+        theirs = classes if start_classes is None else start_classes
+        _start_from(model, start_weights(fold, seed), spec.model.weights, theirs=theirs, ours=classes)
     place(model, runtime)
     prepare = to_input(spec.model, table.images, train_rows).to(runtime.device)
     objective = Supervised(
@@ -423,15 +425,26 @@ def _account(fitted: Fitted, runtime: Runtime) -> dict[str, object]:
     }
 
 
-def _start_from(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str, *, new_head: bool) -> None:
-    """Load another run's weights; the head stays as it was made where it is to be new or its shape differs."""
+def _start_from(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    source: str,
+    *,
+    theirs: Sequence[str],
+    ours: Sequence[str],
+) -> None:
+    """Load another run's weights; the head stays as it was made where its classes or its shape differ."""
     own = model.state_dict()
     head = head_parameters(model)
-    fitting = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name in own and own[name].shape == tensor.shape and not (new_head and name in head)
-    }
+    given = dict(weights)
+    if sorted(theirs) != sorted(ours):
+        given = {name: tensor for name, tensor in given.items() if name not in head}
+    elif list(theirs) != list(ours):
+        last = [name for name in own if name in head][-1].rpartition(".")[0]
+        order = torch.tensor([list(theirs).index(label) for label in ours])
+        for name in (name for name in head if name.rpartition(".")[0] == last and name in given):
+            given[name] = given[name][order]
+    fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
     missing = [name for name in own if name not in fitting and name not in head]
     if missing:
         raise FoldwiseError(

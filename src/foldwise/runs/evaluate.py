@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from foldwise.data.competition import CompetitionSpec, Dataset, load_competition, load_dataset
 from foldwise.data.duplicates import groups, near_duplicates, nearest
 from foldwise.data.labelled import Labelled, ingested_name, read_labelled
+from foldwise.data.leaks import THRESHOLD, nearest_copies
 from foldwise.errors import DataError, Fault, FoldwiseError, RecordError
 from foldwise.files import atomic_write, pretty_json, sha256_file
 from foldwise.learn.device import Runtime, device_name
 from foldwise.metrics import METRICS, Labels
-from foldwise.records.store import Ids, Probs32, Probs64, Run, load_run, read_probs, write_probs
+from foldwise.records.store import Ids, Probs32, Probs64, Run, external_words, load_run, read_probs, write_probs
 from foldwise.runs.kept import kept_models
 from foldwise.runs.provenance import command_line, git_state, versions
 from foldwise.spec.model import EXPERIMENT_NAME, mapped_classes
@@ -33,6 +34,8 @@ SCHEMA_VERSION = 1
 LEVEL = 0.95
 
 _PREDICTIONS, _RECORD = "predictions.csv", "eval.json"
+# External images compared at a time: `nearest_copies` needs some 30 KiB for each.
+_BLOCK = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +68,19 @@ class _Twins:
     """Which images the run may have been trained on.
 
     Attributes:
-        of: (N,) id of the run's own image; empty for none.
-        closest: Correlation of the closest image that is none; None where nothing could be compared.
-        unchecked: Why nothing could be compared; empty where all was.
+        of: (N,) id of the run's own image, or `<source>:<id>` of an external one; empty for none.
+        closest: Correlation with the run's own images of the closest image that is none; None where nothing could be
+            compared.
+        unchecked: Why the run's own images could not be compared; empty where they were.
+        notes: What came of comparing with the external images, a line for each of the run's sources.
+        external_checked: Whether all sources could be compared.
     """
 
     of: Ids
     closest: float | None
     unchecked: str
+    notes: list[str]
+    external_checked: bool
 
 
 def evaluate(
@@ -92,7 +100,8 @@ def evaluate(
 
     `twin` is the labelled image of the run's competition that the image is a near-duplicate of; such rows are not
     scored. A copy that was mirrored, turned, cropped or much compressed is not found: `closest` in `eval.json` is the
-    correlation of the closest image that counts.
+    correlation of the closest image that counts. Nor is a copy of an image of the run's external data scored, whose
+    `twin` is `<source>:<id>`; those are found by the measure of the leak guard, mirrored or not.
 
     Args:
         root: The project's root.
@@ -164,13 +173,13 @@ def evaluate(
             "naive_score": None if counts.all() else metric.score(labels, read),
         },
         "out_of_fold": run.info["score"],
-        "external": {"used": run.info["external"], "checked": not run.info["external"]},
+        "external": {"used": run.info["external"], "checked": twins.external_checked, "threshold": THRESHOLD},
         "class_map": dict(class_map or {}),
         "label_map": run.info.get("label_map"),
         "marks": run.info["marks"],
         "tta": run.info["tta"],
         "units": units,
-        "notes": [*_doubts(run, twins), *labelled.notes],
+        "notes": [*_doubts(twins), *labelled.notes],
         "hashes": {
             "data": labelled.sha256,
             "predictions": sha256_file(path / _PREDICTIONS),
@@ -219,37 +228,69 @@ def _classes(run: Run, competition: CompetitionSpec) -> tuple[tuple[str, ...], l
 
 
 def _twins(run: Run, root: Path, competition: CompetitionSpec, labelled: Labelled) -> _Twins:
-    """Compare with every labelled image of the run's competition."""
-    nothing = np.zeros(len(labelled.ids), dtype="<U1")
-    data, reason = _trained_on(run, root)
+    """Compare with every labelled image of the run's competition, and every image of its external data."""
+    of, notes, checked = _external_twins(run, root, labelled)
+    data, reason = _taken_in(root, run.info["competition"], run.info["hashes"]["inputs"])
     if data is None:
-        return _Twins(nothing, None, reason)
+        return _Twins(of, None, reason, notes, checked)
     own = np.flatnonzero(data.labels >= 0)
     row, similarity = nearest(labelled.images, data.images[own])
-    twin = similarity >= competition.near_duplicate
-    closest = float(similarity[~twin].max()) if not twin.all() else None
-    return _Twins(np.where(twin, data.ids[own][row], ""), closest, "")
+    of = np.where(similarity >= competition.near_duplicate, data.ids[own][row], of)
+    counts = of == ""
+    return _Twins(of, float(similarity[counts].max()) if counts.any() else None, "", notes, checked)
 
 
-def _trained_on(run: Run, root: Path) -> tuple[Dataset | None, str]:
-    name = run.info["competition"]
+def _external_twins(run: Run, root: Path, labelled: Labelled) -> tuple[Ids, list[str], bool]:
+    """Which images are copies of the run's external data, a line for each entry, and whether all could be compared."""
+    of = np.zeros(len(labelled.ids), dtype="<U1")
+    notes, checked = [], True
+    for entry, words in zip(run.info["external"], external_words(run.info["external"]), strict=True):
+        source, reason = None, "the record does not say which images these are"
+        if isinstance(entry, dict) and "source" in entry and "inputs_sha256" in entry:
+            source, reason = _taken_in(root, entry["source"], entry["inputs_sha256"])
+        if source is None:
+            checked = False
+            notes.append(f"NOT CHECKED against the external data of the run, {words}: {reason}")
+            continue
+        row, similarity = _nearest_copies(labelled, source)
+        copies = similarity >= THRESHOLD
+        names = np.array([f"{entry['source']}:{image}" for image in source.ids[row].tolist()])
+        of = np.where(copies & (of == ""), names, of)
+        found = f"{int(copies.sum()):,} of {len(of):,} images are copies of these and do not count"
+        if not copies.any():
+            found = f"no image is a copy of these (similarity up to {similarity.max():.2f}, below {THRESHOLD:g})"
+        notes.append(f"checked against the external data of the run, {words}: {found}")
+    return of, notes, checked
+
+
+def _nearest_copies(labelled: Labelled, source: Dataset) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The row of the source that each image is likeliest a copy of, and how similar the two are."""
+    row = np.zeros(len(labelled.ids), dtype=np.int64)
+    highest = np.full(len(labelled.ids), -1, dtype=np.float32)
+    for start in range(0, len(source.ids), _BLOCK):
+        here, similarity = nearest_copies(labelled.images, source.images[start : start + _BLOCK])
+        better = similarity > highest
+        row[better], highest[better] = start + here[better], similarity[better]
+    return row, highest
+
+
+def _taken_in(root: Path, name: str, sha256: str) -> tuple[Dataset | None, str]:
+    """What a run was trained on, or why it is not here."""
     try:
         data = load_dataset(root, name)
     except FoldwiseError:
         return None, f"{name} was not taken in on this machine"
-    if data.sha256 != run.info["hashes"]["inputs"]:
+    if data.sha256 != sha256:
         return None, f"the images or labels of {name} are not those of the run"
     return data, ""
 
 
-def _doubts(run: Run, twins: _Twins) -> list[str]:
-    """What may flatter the score, and could not be checked."""
+def _doubts(twins: _Twins) -> list[str]:
+    """What may flatter the score, and could not be checked; and what could."""
     doubts = []
     if twins.unchecked:
         doubts.append(f"NOT CHECKED whether the run was trained on some of these images: {twins.unchecked}")
-    if external := run.info["external"]:
-        doubts.append(f"NOT CHECKED against the external data of the run: {', '.join(map(str, external))}")
-    return doubts
+    return doubts + twins.notes
 
 
 def _predicted(run: Run, competition: CompetitionSpec, labelled: Labelled, runtime: Runtime) -> tuple[Probs32, int]:

@@ -141,7 +141,7 @@ def train(job: Job, emit: Emit) -> Outcome:
             runtime=pick_runtime(job.device, job.spec.train.precision, job.threads),
             emit=pass_on,
             start_weights=None if plan.start is None else plan.start.weights_of,
-            new_head=plan.start is not None and plan.start.classes != plan.classes,
+            start_classes=None if plan.start is None else plan.start.classes,
             lesson_of=None if plan.teachers is None else plan.teachers.lesson,
         )
     except FoldwiseError as error:

@@ -71,6 +71,9 @@ def guarded(
     if not spec.external and not spec.clear_of:
         return Guarded(table)
     others = [load_dataset(root, name) for name in spec.clear_of]
+    sources = [load_dataset(root, asked.source) for asked in spec.external]
+    # Before the comparison, which takes its time.
+    becomes = _classes(spec, sources, data)
     found: dict[str, dict[str, Likeness]] = {}
     told: list[str] = []
 
@@ -89,14 +92,10 @@ def guarded(
         kept = dict(zip(data.ids.tolist(), clean.tolist(), strict=True))
         barred = np.array([not kept[image] for image in table.ids.tolist()])
     joined, external = [table if barred is None else replace(table, barred=barred)], []
-    for asked in spec.external:
-        source = load_dataset(root, asked.source)
-        part = _part(asked, source, data, spec.label_map, ~copies(source, [data, *others]))
+    for asked, source, index in zip(spec.external, sources, becomes, strict=True):
+        part = _part(asked, source, index[source.labels], ~copies(source, [data, *others]))
         if smoke:
             part = part.take(np.arange(min(_SMOKE_IMAGES, len(part.ids))))
-        if not len(part.ids):
-            what = f"nothing of `{asked.source}` is left to train on"
-            raise RecordError([Fault("external", what, "remove the source, or look at its `class_map`")])
         joined.append(part)
         told.append(f"{len(part.ids)} images of {asked.source} join the training side of every fold")
         external.append(
@@ -122,74 +121,97 @@ def guarded(
     return Guarded(_stacked(joined), external, guard, told)
 
 
-def clear_of(guard: Mapping[str, Any] | None, competition: Dataset) -> str | None:
-    """Why a run's `leak_guard` does not vouch for it as a start on a competition; None where it does.
+def unclear(info: Mapping[str, Any], competition: Dataset) -> str | None:
+    """Why a run's record does not vouch for it as clear of a competition's images; None where it does.
 
     Args:
-        guard: Of the run's record.
-        competition: What is to be scored.
+        info: The content of `run.json`.
+        competition: What is to be scored, and not what the run was scored on.
+    """
+    name = competition.competition.name
+    if info["competition"] == name:
+        # Its guard speaks of the competition too: of what came from elsewhere, not of its own images.
+        return f"was trained on {name} itself"
+    if name not in (info["leak_guard"] or {}).get("clear_of", {}):
+        return f"was not kept clear of the images of {name}"
+    return outdated(info["leak_guard"], competition)
+
+
+def outdated(guard: Mapping[str, Any] | None, competition: Dataset) -> str | None:
+    """Why what a `leak_guard` says of a competition no longer holds; None where it holds, or says nothing of it.
+
+    Args:
+        guard: Of a run's record.
+        competition: As it is now.
     """
     name = competition.competition.name
     entry = (guard or {}).get("clear_of", {}).get(name)
     if guard is None or entry is None:
-        return f"was not kept clear of the images of {name}"
+        return None
     if (guard["version"], guard["threshold"]) != (VERSION, THRESHOLD):
-        return f"was kept clear of the images of {name} by an older measure of likeness"
+        return f"was kept clear of the images of {name} by another measure of likeness than today's"
     if entry["inputs_sha256"] != competition.sha256:
         return f"was kept clear of other images of {name} ({entry['inputs_sha256'][:8]}, here {competition.sha256[:8]})"
     return None
 
 
 def merged_guards(guards: Sequence[Mapping[str, Any] | None], competitions: Sequence[str]) -> dict[str, Any] | None:
-    """One `leak_guard` of a run and of those it comes from: what each of them dropped; None where none has one.
+    """One `leak_guard` of a run and of those it comes from: what each of them dropped; None where none says anything.
 
     Args:
         guards: `leak_guard` of each.
         competitions: What the run is clear of: its own competition, and those that it was asked to keep clear of. Of
             others a run that it comes from may be clear, but not what it was trained on itself.
     """
-    present = [guard for guard in guards if guard is not None]
-    if not present:
-        return None
     clear: dict[str, dict[str, Any]] = {}
-    for guard in present:
-        for name, entry in guard["clear_of"].items():
-            if name in competitions:
-                into = clear.setdefault(name, {"inputs_sha256": entry["inputs_sha256"], "dropped": {}})
-                into["dropped"] = {**into["dropped"], **entry["dropped"]}
-    return {"version": present[0]["version"], "threshold": present[0]["threshold"], "clear_of": clear}
+    measure: dict[str, Any] = {}
+    for guard in (guard for guard in guards if guard is not None):
+        for name in (name for name in guard["clear_of"] if name in competitions):
+            entry = guard["clear_of"][name]
+            measure = measure or {"version": guard["version"], "threshold": guard["threshold"]}
+            into = clear.setdefault(name, {"inputs_sha256": entry["inputs_sha256"], "dropped": {}})
+            into["dropped"] = into["dropped"] | entry["dropped"]
+    return measure | {"clear_of": clear} if clear else None
 
 
-def _part(
-    asked: ExternalSpec,
-    source: Dataset,
-    data: Dataset,
-    label_map: Mapping[str, str] | None,
-    clean: np.ndarray,
-) -> Table:
-    """A source's labelled images that are clean, as rows of the experiment's table."""
-    theirs, ours = source.competition.classes, data.competition.classes
-    unknown = [name for name in asked.class_map if name not in theirs]
-    faults = [
-        Fault("external", f"`class_map` of {asked.source} names {name!r}, which is no class of it", _one_of(theirs))
-        for name in unknown
-    ]
-    becomes = {name: asked.class_map.get(name, name) for name in theirs}
-    faults += [
-        Fault(
-            "external",
-            f"the class {name!r} of {asked.source} becomes {label!r}, which is no class of {data.competition.name}",
-            f"map it in `class_map` ({_one_of(ours)}), or to null to leave it out",
-        )
-        for name, label in becomes.items()
-        if label is not None and label not in ours
-    ]
+def _classes(spec: ExperimentSpec, sources: Sequence[Dataset], data: Dataset) -> list[np.ndarray]:
+    """What each class of each source becomes; -1 for what is left out, and in the last place for the unlabelled."""
+    ours = data.competition.classes
+    _, own = mapped_classes(ours, spec.label_map)
+    faults, found = [], []
+    for asked, source in zip(spec.external, sources, strict=True):
+        theirs = source.competition.classes
+        becomes = {name: asked.class_map.get(name, name) for name in theirs}
+        faults += [
+            Fault("external", f"`class_map` of {asked.source} names {name!r}, which is no class of it", _one_of(theirs))
+            for name in asked.class_map
+            if name not in theirs
+        ]
+        faults += [
+            Fault(
+                "external",
+                f"the class {name!r} of {asked.source} becomes {label!r}, which is no class of {data.competition.name}",
+                f"map it in `class_map` ({_one_of(ours)}), or to null to leave it out",
+            )
+            for name, label in becomes.items()
+            if label is not None and label not in ours
+        ]
+        index = [own[ours.index(label)] if label in ours else -1 for label in becomes.values()]
+        found.append(np.array([*index, -1], dtype=np.int64))
     if faults:
         raise RecordError(faults)
-    _, own = mapped_classes(ours, label_map)
-    index = [-1 if label is None else own[ours.index(label)] for label in becomes.values()]
-    labels = np.array([*index, -1], dtype=np.int64)[source.labels]
+    return found
+
+
+def _part(asked: ExternalSpec, source: Dataset, labels: np.ndarray, clean: np.ndarray) -> Table:
+    """A source's images that have a label here and are clean, as rows of the experiment's table."""
     rows = np.flatnonzero(clean & (labels >= 0))
+    if not len(rows):
+        what = (
+            f"nothing of {asked.source} is left to train on: {int((labels < 0).sum())} of {len(labels)} images are of "
+            f"no class here, and {int((~clean).sum())} are copies of what is scored"
+        )
+        raise RecordError([Fault("external", what, "remove the source, or look at its `class_map`")])
     ids = np.array([f"{asked.source}:{image}" for image in source.ids[rows].tolist()], dtype=np.str_)
     fold = np.full(len(rows), TRAIN_ONLY, dtype=np.int64)
     weight = np.full(len(rows), asked.weight, dtype=np.float32)

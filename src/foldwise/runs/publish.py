@@ -34,7 +34,7 @@ from foldwise.files import atomic_path, atomic_write, pretty_json
 from foldwise.learn.device import pick_runtime
 from foldwise.learn.models import OWN_ARCHS
 from foldwise.metrics import confusion_matrix, per_class_table
-from foldwise.records.store import Run, load_run, shown
+from foldwise.records.store import Run, external_words, load_run, shown
 from foldwise.runs.kept import KeptModel, kept_models, verify_weights, weight_files
 from foldwise.spec.yaml import read_yaml
 from foldwise.stats import Z95, wilson
@@ -444,7 +444,7 @@ def _training(run: Run, competition: CompetitionSpec) -> str:
         f"- data: `{info['competition']}`, {competition.image.width}x{competition.image.height} px, "
         f"{'gray' if competition.image.channels == 1 else 'RGB'}; sha256 `{info['hashes']['inputs']}`"
     ]
-    told.append(f"- external data: {', '.join(map(str, info['external'])) or 'none'}")
+    told.append(f"- external data: {', '.join(external_words(info['external'])) or 'none'}")
     told.append(f"- starting weights: {_start(run)}")
     if info["git"]:
         told.append(f"- commit: `{info['git']['commit']}`{', with changes on top' if info['git']['dirty'] else ''}")

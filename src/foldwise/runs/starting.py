@@ -1,12 +1,12 @@
 """Starting weights from another run (`model.weights: run:<exp>`), where no label leaks by it.
 
-Fold k starts from a model that was trained without fold k: the other run's own fold k on the same folds, or a run on
-another competition that was kept clear of all images of this one.
+Fold k starts from a model that was trained without fold k: the other run's own fold k on the same folds, or any one of
+a run on another competition that was kept clear of all images of this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from foldwise.data.competition import Dataset, load_dataset
 from foldwise.errors import Fault, RecordError
 from foldwise.files import sha256_json
 from foldwise.records.store import Run, load_run
-from foldwise.runs.external import clear_of
+from foldwise.runs.external import outdated, unclear
 from foldwise.runs.kept import verify_weights, weight_files
 from foldwise.spec.model import ExperimentSpec
 
@@ -47,6 +47,10 @@ class Start:
 def starting_point(root: Path, spec: ExperimentSpec, data: Dataset) -> Start | None:
     """Find the weights that a spec starts from.
 
+    Of a run on the same competition, unit (k, seed) starts from its unit (k, seed), or from that of its first seed
+    where it lacks the seed; so the same images are held out of both. Of a run on another competition all folds start
+    from its first, since whatever it held out is none of this competition's.
+
     Args:
         root: The project's root.
         spec: The experiment.
@@ -56,14 +60,15 @@ def starting_point(root: Path, spec: ExperimentSpec, data: Dataset) -> Start | N
         None unless `weights` names a run.
 
     Raises:
-        RecordError: If that run is not complete, saw a label that this one is scored on, or its weights are not here.
+        RecordError: If that run is not complete, saw a label that this one is scored on or an image that this one is
+            to be kept clear of, or its weights are not here.
     """
     if not spec.model.weights.startswith("run:"):
         return None
     name = spec.model.weights.removeprefix("run:")
     run = load_run(root / "oof" / name)
-    _refuse_leak(run, data)
-    _refuse_unclear(root, run, spec)
+    if faults := [*_leaks(run, data), *_unclear(root, run, spec)]:
+        raise RecordError(faults)
     files = weight_files(run)
     elsewhere = run.info["competition"] != data.competition.name
     first = min(fold for fold, _ in files)
@@ -89,31 +94,32 @@ def starting_point(root: Path, spec: ExperimentSpec, data: Dataset) -> Start | N
     )
 
 
-def _refuse_leak(run: Run, data: Dataset) -> None:
-    info = run.info
+def _leaks(run: Run, data: Dataset) -> Iterator[Fault]:
+    """Why labels that are scored here may be in the weights."""
+    info, name = run.info, data.competition.name
+    where = f"model.weights: run:{run.name}"
     if info["smoke"]:
-        reason = "is a smoke run"
-    elif info["competition"] != data.competition.name:
-        unclear = clear_of(info["leak_guard"], data)
-        if unclear is None:
-            return
-        reason = f"was trained on {info['competition']}, and {unclear}"
-        fix = f"write `clear_of: [{data.competition.name}]` into experiments/{run.name}.yaml, and run it again"
-        raise RecordError([Fault(f"model.weights: run:{run.name}", reason, fix)])
-    elif info["split"]["kind"] != "kfold" or info["hashes"]["folds"] != data.folds.sha256:
-        reason = "was trained on other folds, and so on labels that this experiment is scored on"
-    else:
-        return
-    fix = f"start from a k-fold run of {data.competition.name} on its present folds, from `pretrained`, or from `none`"
-    raise RecordError([Fault(f"model.weights: run:{run.name}", reason, fix)])
+        fix = f"start from a run of {name} on its present folds, from `pretrained`, or from `none`"
+        yield Fault(where, "is a smoke run", fix)
+    elif info["competition"] != name:
+        if (why := unclear(info, data)) is not None:
+            yield Fault(where, f"was trained on {info['competition']}, and {why}", _again(run, name))
+    elif info["hashes"]["folds"] != data.folds.sha256:
+        what = "was trained on other folds, and so on labels that this experiment is scored on"
+        yield Fault(where, what, f"start from a run of {name} on its present folds, from `pretrained`, or from `none`")
+    elif (why := outdated(info["leak_guard"], data)) is not None:
+        yield Fault(where, why, f"train it again: make exp EXP={run.name} FRESH=1")
 
 
-def _refuse_unclear(root: Path, run: Run, spec: ExperimentSpec) -> None:
+def _unclear(root: Path, run: Run, spec: ExperimentSpec) -> Iterator[Fault]:
     """An experiment is no clearer of a competition's images than what it starts from."""
-    faults = []
     for name in spec.clear_of:
-        if (unclear := clear_of(run.info["leak_guard"], load_dataset(root, name))) is not None:
-            fix = f"write `clear_of: [{name}]` into experiments/{run.name}.yaml too, and run it again"
-            faults.append(Fault(f"model.weights: run:{run.name}", unclear, fix))
-    if faults:
-        raise RecordError(faults)
+        if (why := unclear(run.info, load_dataset(root, name))) is not None:
+            fix = _again(run, name)
+            if run.info["competition"] == name:
+                fix = f"start from a run that never saw {name}, or take it out of `clear_of`"
+            yield Fault(f"model.weights: run:{run.name}", why, fix)
+
+
+def _again(run: Run, name: str) -> str:
+    return f"write `clear_of: [{name}]` into experiments/{run.name}.yaml, and run it again with FRESH=1"

@@ -19,7 +19,7 @@ from foldwise.learn.device import Runtime
 from foldwise.learn.objectives import Taught, softened
 from foldwise.records.store import Run, Unit, load_run, read_units, rows_of
 from foldwise.runs.crossval import Lesson, Table
-from foldwise.runs.external import clear_of, merged_guards
+from foldwise.runs.external import merged_guards, outdated, unclear
 from foldwise.runs.kept import kept_models, weight_files
 from foldwise.spec.model import ExperimentSpec, PseudoSpec
 
@@ -92,10 +92,13 @@ def find_teachers(
             faults += error.faults
             continue
         reasons = list(_differences(run, spec, data, classes))
-        reasons += [why for one in clear if (why := clear_of(run.info["leak_guard"], one)) is not None]
         fix = f"name k-fold runs of {data.competition.name} on its present folds, of the same classes"
         faults += [Fault(where, reason, fix) for reason in reasons]
-        if not reasons:
+        also = [why for one in clear if (why := unclear(run.info, one)) is not None]
+        key = f"`clear_of: [{', '.join(spec.clear_of)}]`"
+        again = f"write {key} into experiments/{name}.yaml too, and run it again with FRESH=1"
+        faults += [Fault(where, why, again) for why in also]
+        if not reasons and not also:
             runs[name] = run
     units: dict[str, list[Unit]] = {}
     for name, run in runs.items():
@@ -222,7 +225,7 @@ def make_lesson(
     weights = np.ones(len(table.ids), dtype=np.float32)
     added, told, info = rows[:0], [], {}
     if spec.pseudo is not None:
-        unlabelled = np.flatnonzero(table.labels < 0)
+        unlabelled = np.flatnonzero((table.labels < 0) if table.barred is None else (table.labels < 0) & ~table.barred)
         taken, labels = pseudo_labels(of_unlabelled(fold, unlabelled, runtime), spec.pseudo)
         added = unlabelled[taken]
         targets[added] = labels
@@ -264,6 +267,8 @@ def _differences(run: Run, spec: ExperimentSpec, data: Dataset, classes: Sequenc
         yield f"is of other classes ({', '.join(run.classes)}; here {', '.join(classes)})"
     elif _merged(competition.classes, info.get("label_map")) != _merged(competition.classes, spec.label_map):
         yield "merges the classes in another way (`label_map`)"
+    elif (why := outdated(info["leak_guard"], data)) is not None:
+        yield why
 
 
 def _merged(classes: Sequence[str], label_map: dict[str, str] | None) -> list[str]:

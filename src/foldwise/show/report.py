@@ -22,7 +22,7 @@ from foldwise.data.folds import read_folds
 from foldwise.errors import Fault, FoldwiseError, RecordError
 from foldwise.files import atomic_write
 from foldwise.metrics import METRICS, Floats, Labels, Metric, confusion_matrix, per_class_table
-from foldwise.records.store import Run, load_run, rows_of, shown
+from foldwise.records.store import Run, external_words, load_run, rows_of, shown
 from foldwise.show.plots import (
     Bins,
     Columns,
@@ -712,6 +712,8 @@ def _text(
         lines.append(_after(f"source {source}", told))
     if info["marks"]:
         lines.append(_after("marks", ", ".join(info["marks"])))
+    if info["external"]:
+        lines.append(_after("external data", ", ".join(external_words(info["external"]))))
     lines += _table_part(table, counts, run.classes)
     if doubtful is not None:
         share = len(doubtful) / len(run.ids)
