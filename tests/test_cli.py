@@ -122,6 +122,13 @@ def test_submit_loads_nothing_heavy(submittable: Path) -> None:
     assert modules == []
 
 
+@pytest.mark.slow
+def test_results_names_another_competition_and_loads_nothing_heavy() -> None:
+    code, modules, printed = heavy_modules_of(REPO, "results", "demo")
+    assert (code, modules) == (2, [])
+    assert "the choices are those of `aspicv`, but the results of `demo` were asked for" in printed
+
+
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 FAULTY = """\
@@ -508,6 +515,10 @@ def test_a_score_is_noted_and_listed(submittable: Path, capsys: pytest.CaptureFi
             ["--score", "0.5", "--method", "mean"],
             "--score and --method do not go together\n  fix: one after the other\n",
         ),
+        (
+            ["--kaggle", "faces", "--of", "abc", "--track", "strict"],
+            "--of and --track do not go together\n  fix: one after the other\n",
+        ),
     ],
 )
 def test_what_would_have_no_effect_is_refused(
@@ -524,6 +535,25 @@ def test_a_blend_may_be_told_how(submittable: Path, capsys: pytest.CaptureFixtur
     blend = json.loads((submittable / "submissions" / "demo" / "blend.json").read_text())
     assert (blend["method"], blend["prior"]["kind"]) == ("logit_mean", "train")
     assert "only `logit_mean` was asked for" in capsys.readouterr().out
+
+
+def test_the_strict_track_is_made_and_scored_apart(submittable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = submittable / "oof" / "wide" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"external": ["faces"]}))
+    arguments = ["submit", "--comp", "demo", "--track", "strict"]
+    assert call(submittable, *arguments, "--runs", "tiny,wide") == 2
+    assert capsys.readouterr().err == (
+        "TRACK=strict: not of competition data only: wide\n  fix: leave these out of RUNS, or TRACK\n"
+    )
+    assert call(submittable, *arguments) == 0
+    folder = submittable / "submissions" / "demo"
+    assert not (folder / "submission.csv").exists()
+    assert "wide" not in json.loads((folder / "strict.json").read_text())["considered"]
+    assert call(submittable, "submit", "--comp", "demo") == 0
+    capsys.readouterr()
+    assert call(submittable, *arguments, "--score", "0.5", "--images", "10") == 0
+    (scored,) = folder.glob("*/public.json")
+    assert (scored.parent / "blend.json").read_bytes() == (folder / "strict.json").read_bytes()
 
 
 def test_runs_are_compared_as_text_json_csv_and_a_page(submittable: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -725,7 +755,15 @@ def test_a_smoke_run_of_the_vit_on_the_real_data(real: tuple[Path, str], capsys:
 
 # Those of the demo are everyone's own.
 RECORDS = [path.parent for path in sorted((REPO / "oof").glob("*/run.json")) if not path.parent.name.startswith("demo")]
-SUBMISSIONS = [path.parent for path in (REPO / "submissions").glob("blend.json")]
+# The newest of each track: its copy, the description beside it, and what makes it again.
+SUBMISSIONS = [
+    (submission, description, arguments)
+    for submission, description, arguments in (
+        ("submission.csv", "blend.json", []),
+        ("strict.csv", "strict.json", ["--track", "strict"]),
+    )
+    if (REPO / "submissions" / description).exists()
+]
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.name)
@@ -744,10 +782,13 @@ def test_a_run_of_record_is_what_its_files_say(path: Path) -> None:
     assert not run.info["smoke"]
 
 
-@pytest.mark.parametrize("folder", SUBMISSIONS, ids=lambda path: path.name)
-def test_the_committed_submission_is_what_its_runs_give(folder: Path, tmp_path: Path) -> None:
-    blend = json.loads((folder / "blend.json").read_text())
-    submission = pd.read_csv(folder / "submission.csv", dtype=str)
+@pytest.mark.parametrize(("submitted", "description", "arguments"), SUBMISSIONS, ids=[name for name, *_ in SUBMISSIONS])
+def test_the_committed_submission_is_what_its_runs_give(
+    submitted: str, description: str, arguments: list[str], tmp_path: Path
+) -> None:
+    folder = REPO / "submissions"
+    blend = json.loads((folder / description).read_text())
+    submission = pd.read_csv(folder / submitted, dtype=str)
     competition = blend["competition"]
     assert set(submission["label"]) <= set(blend["classes"])
     if competition == "aspicv":
@@ -761,6 +802,6 @@ def test_the_committed_submission_is_what_its_runs_give(folder: Path, tmp_path: 
         (tmp_path / "oof" / name).mkdir(parents=True)
         for file in ("spec.yaml", "oof.csv", "test.csv", "history.csv", "run.json"):
             shutil.copy(REPO / "oof" / name / file, tmp_path / "oof" / name)
-    assert call(tmp_path, "submit", "--comp", competition, "--runs", ",".join(blend["considered"])) == 0
-    for name in ("submission.csv", "blend.json"):
+    assert call(tmp_path, "submit", "--comp", competition, "--runs", ",".join(blend["considered"]), *arguments) == 0
+    for name in (submitted, description):
         assert (tmp_path / "submissions" / name).read_bytes() == (folder / name).read_bytes()

@@ -22,6 +22,7 @@ from foldwise.errors import FoldwiseError
 if TYPE_CHECKING:
     from foldwise.records.calibration import Prior
     from foldwise.records.ensemble import Method
+    from foldwise.records.submission import Track
     from foldwise.runs.events import Listener
     from foldwise.spec.model import ExperimentSpec
 
@@ -120,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=CORRECTIONS,
         help="correct class probabilities to the labels' shares (train), or to those of the test images (test)",
     )
+    submit.add_argument(
+        "--track",
+        choices=("best", "strict"),
+        help="only the best, or only that of competition data (default: both)",
+    )
     submit.add_argument("--kaggle", metavar="SLUG", help="upload it to this Kaggle competition")
     submit.add_argument("--message", help="with --kaggle: what to say with it (default: members and estimate)")
     submit.add_argument("--force", action="store_true", help="with --kaggle: upload the same bytes again")
@@ -133,6 +139,15 @@ def _parser() -> argparse.ArgumentParser:
     listed.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
     listed.add_argument("--json", action="store_true", help="print it as JSON")
 
+    told = command(
+        "results", _results, "write docs/RESULTS.md: what the kept runs score, and what each choice was worth"
+    )
+    told.add_argument(
+        "competition", nargs="?", metavar="COMP", help="of docs/ablations.yaml (default: whatever it is of)"
+    )
+    leaked = command("leaks", _leaks, "show which images of a data set are copies of a competition's")
+    leaked.add_argument("competition", metavar="COMP", help="what is scored, e.g. aspicv")
+    leaked.add_argument("source", metavar="SOURCE", help="the data set from elsewhere, e.g. fer2013_full")
     drifted = command("drift", _drift, "ask whether training and test images can be told apart")
     drifted.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
 
@@ -444,6 +459,22 @@ def _plot(root: Path, options: argparse.Namespace) -> int:
     return 0
 
 
+def _leaks(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.show.leaks import draw_leaks, leak_lines, leaks
+
+    found = leaks(root, options.competition, options.source, say=_say)
+    draw_leaks(found, root)
+    _say(*leak_lines(found), f"picture    {found.picture.as_posix()}")
+    return 0
+
+
+def _results(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.records.results import write_results
+
+    _say(*write_results(root, options.competition))
+    return 0
+
+
 def _compare(root: Path, options: argparse.Namespace) -> int:
     from foldwise.records.compare import compare
     from foldwise.records.compare_text import render, to_csv, to_json
@@ -504,7 +535,7 @@ def _submit(root: Path, options: argparse.Namespace) -> int:
 
         check_slug(options.kaggle)
     if options.of is None:
-        _blend(root, options.comp, options.runs, options.method, options.prior or "none")
+        _blend(root, options.comp, options.runs, options.method, options.prior or "none", options.track)
     if options.kaggle is not None:
         from foldwise.data.competition import load_competition
         from foldwise.records.history import read_history
@@ -515,7 +546,7 @@ def _submit(root: Path, options: argparse.Namespace) -> int:
             root,
             spec,
             history,
-            history.find(options.of),
+            history.find(options.of or options.track),
             options.kaggle,
             message=options.message,
             per_day=spec.submissions_per_day or PER_DAY,
@@ -533,7 +564,7 @@ def _refuse_stray(options: argparse.Namespace) -> None:
         if getattr(options, name) and not any(getattr(options, partner) for partner in partners):
             wanted = " or ".join(f"--{partner}" for partner in partners)
             raise FoldwiseError(f"--{name} has no effect alone\n  fix: give {wanted} too")
-    together = [("score", "kaggle"), *product(("score", "of"), ("runs", "method", "prior"))]
+    together = [("score", "kaggle"), ("of", "track"), *product(("score", "of"), ("runs", "method", "prior"))]
     for first, second in together:
         if getattr(options, first) and getattr(options, second):
             raise FoldwiseError(f"--{first} and --{second} do not go together\n  fix: one after the other")
@@ -544,7 +575,7 @@ def _record_score(root: Path, options: argparse.Namespace) -> int:
     from foldwise.records.history import history_lines, parse_images, parse_score, read_history, record_score
 
     history, now = read_history(root, options.comp), datetime.now(UTC)
-    submission = history.find(options.of)
+    submission = history.find(options.of or options.track)
     images = None if options.images is None else parse_images(options.images, submission.images)
     if options.score == "kaggle":
         from foldwise.records.upload import fetch_score
@@ -587,14 +618,15 @@ def _blend(
     names: Sequence[str] | None = None,
     method: Method | None = None,
     prior: Prior = "none",
+    track: Track | None = None,
 ) -> Path:
     from foldwise.data.competition import competition_folder, load_competition
     from foldwise.data.folds import natural_order, read_folds
     from foldwise.metrics import METRICS
-    from foldwise.records.ensemble import METHODS, blend
+    from foldwise.records.ensemble import METHODS
     from foldwise.records.history import submissions_folder
     from foldwise.records.store import list_runs
-    from foldwise.records.submission import blend_lines, write_submission
+    from foldwise.records.submission import blend_tracks, tracks_lines, write_submissions, written_lines
 
     spec = load_competition(root, competition)
     runs, skipped = list_runs(root, competition)
@@ -609,22 +641,25 @@ def _blend(
     if not runs:
         raise FoldwiseError(f"there is no complete run of `{competition}` to submit\n  fix: make exp EXP=<experiment>")
     folds = read_folds(competition_folder(root, competition) / "folds.csv")
-    groups = dict(zip(folds.ids.tolist(), folds.group.tolist(), strict=True))
-    methods = METHODS if method is None else (method,)
-    blended = blend(runs, metric=METRICS[spec.metric], groups=groups, methods=methods, prior=prior)
-    ids = spec.submission_ids or tuple(natural_order(blended.test_ids.tolist()))
-    folder = submissions_folder(root, competition)
-    path = write_submission(
-        folder,
-        blended,
-        expected_ids=ids,
+    tracks = blend_tracks(
+        runs,
+        metric=METRICS[spec.metric],
+        groups=dict(zip(folds.ids.tolist(), folds.group.tolist(), strict=True)),
+        methods=METHODS if method is None else (method,),
+        prior=prior,
+        track=track,
+        named=names is not None,
+    )
+    written = write_submissions(
+        submissions_folder(root, competition),
+        tracks,
+        expected_ids=spec.submission_ids or tuple(natural_order(tracks.first.test_ids.tolist())),
         id_column=spec.columns.id,
         label_column=spec.columns.label,
         now=datetime.now(),
     )
-    newest, kept = folder.relative_to(root), path.relative_to(root)
-    _say(*blend_lines(blended), f"written      {newest}/submission.csv, blend.json; kept in {kept}")
-    return path
+    _say(*tracks_lines(tracks), *written_lines(written, root))
+    return next(iter(written.values()))
 
 
 def _demo(root: Path, options: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from foldwise.errors import FoldwiseError, RecordError
 from foldwise.metrics import METRICS
-from foldwise.records.ensemble import blend
 from foldwise.records.history import (
+    BEST_COPY,
     Drift,
     Upload,
     history_json,
@@ -29,7 +29,7 @@ from foldwise.records.history import (
     record_upload,
 )
 from foldwise.records.store import list_runs
-from foldwise.records.submission import write_submission
+from foldwise.records.submission import blend_tracks, write_submissions
 
 NOW = datetime(2025, 3, 6, 12, tzinfo=UTC)
 
@@ -66,15 +66,18 @@ def record(root, score, of=None, images=None, now=NOW):
 def test_what_write_submission_leaves_is_read_back(project):
     project.keep("run0", skill=1, info={"marks": ["external"], "external": ["fer2013"]})
     project.keep("run1", skill=3, salt=1, info={"marks": ["optimistic"]})
-    blended = blend(list_runs(project.root, "toy")[0], metric=METRICS["accuracy"], groups=project.groups)
-    path = write_submission(
+    tracks = blend_tracks(
+        list_runs(project.root, "toy")[0], metric=METRICS["accuracy"], groups=project.groups, named=True
+    )
+    written = write_submissions(
         project.root / "submissions",
-        blended,
+        tracks,
         expected_ids=project.test_ids.tolist(),
         id_column="id",
         label_column="label",
         now=datetime(2025, 3, 4, 15, 6, 7),
     )
+    path, blended = written[BEST_COPY], tracks.best
     (submission,) = read_history(project.root, "toy").submissions
     assert (submission.path, submission.when) == (path, datetime(2025, 3, 4, 15, 6, 7))
     assert submission.members == tuple((member.run.name, member.weight) for member in blended.members)
@@ -158,6 +161,45 @@ def test_the_newest_is_the_one_that_is_copied_not_the_latest(tmp_path):
     history = read_history(tmp_path, "toy")
     assert history.find().path == late, "the copy is of another competition"
     assert read_history(tmp_path, "other").find().path == other
+
+
+def test_the_newest_strict_one_is_the_one_that_is_copied(tmp_path):
+    old, late = put(tmp_path, day=1), put(tmp_path, day=2)
+    history = read_history(tmp_path, "toy")
+    assert history.newest_strict is history.newest, "without a copy it is the newest, which is strict"
+    put(tmp_path, day=3, external=["fer2013"])
+    history = read_history(tmp_path, "toy")
+    assert (history.find("strict").path, history.find("best").name[:8]) == (late, "20250303")
+    assert history_json(history)["newest_strict"] == late.name
+    copy = tmp_path / "submissions" / "strict.json"
+    copy.write_bytes((old / "blend.json").read_bytes())
+    assert read_history(tmp_path, "toy").find("strict").path == old
+    copy.write_text('{"competition": "other"}')
+    assert read_history(tmp_path, "toy").find("strict").path == late
+    copy.write_text('{"competition": "toy"}')
+    with pytest.raises(FoldwiseError) as error:
+        read_history(tmp_path, "toy").find("strict")
+    assert str(error.value) == (
+        "no submission of `toy` is of competition data only, or the newest is not what was written\n"
+        "  fix: take it back with git, make submit COMP=toy TRACK=strict, or name one by OF="
+    )
+
+
+def test_no_external_one_is_the_newest_strict_one(tmp_path):
+    put(tmp_path, external=["fer2013"])
+    history = read_history(tmp_path, "toy")
+    assert history.newest_strict is None
+    with pytest.raises(FoldwiseError, match="no submission of `toy` is of competition data only"):
+        history.find("strict")
+    assert not any(line.startswith("s ") for line in history_lines(history))
+
+
+@pytest.mark.parametrize(("metric", "better"), [("accuracy", 0.6), ("log_loss", 0.4)])
+def test_of_two_written_at_once_the_better_is_the_newest_without_a_copy(tmp_path, metric, better):
+    for seed, score in enumerate((0.4, 0.6, 0.4)):
+        put(tmp_path, seed=seed, score=score, metric=metric)
+    (tmp_path / "submissions" / "blend.json").unlink()
+    assert read_history(tmp_path, "toy").find().score == better
 
 
 def test_the_demos_submissions_lie_apart(tmp_path):

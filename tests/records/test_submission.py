@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from foldwise.errors import RecordError
 from foldwise.metrics import METRICS
 from foldwise.records.ensemble import METHODS, Trial, blend
+from foldwise.records.history import BEST_COPY
 from foldwise.records.store import list_runs, load_run
-from foldwise.records.submission import blend_lines, check_submission, predict_as_described, write_submission
+from foldwise.records.submission import Tracks, blend_lines, check_submission, predict_as_described, write_submissions
 
 NOW = datetime(2025, 3, 4, 15, 6, 7)
 GOOD = "id,label\n7,happy\n8,sad\n9,happy\n"
@@ -48,7 +49,8 @@ def blend_of_three(blended):
 def write(project, result, **changes):
     arguments = {"id_column": "id", "label_column": "label", "now": NOW, **changes}
     arguments.setdefault("expected_ids", project.test_ids.tolist())
-    return write_submission(project.root / "submissions", result, **arguments)
+    tracks = Tracks(result, None, None, None, {BEST_COPY: result})
+    return write_submissions(project.root / "submissions", tracks, **arguments)[BEST_COPY]
 
 
 def test_a_good_file_has_no_faults():
@@ -192,6 +194,7 @@ def test_what_is_told_of_a_blend(blended):
         "naive        0.5500 (scored on the rows that chose the weights: not to be trusted)",
         "expect       6 +- 3 of 12 test images right",
         "marks        optimistic",
+        "track        competition data only",
     ]
 
 

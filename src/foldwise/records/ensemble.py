@@ -168,6 +168,8 @@ class Blend:
         naive: Score of `members` on the rows that chose them: too good, shown for comparison.
         accuracy: Cross-fitted accuracy, whatever the metric.
         accuracy_standard_error: Of `accuracy`.
+        oof_ids: (N,) ids.
+        oof_probs: (N, C) float64, what `score` is of: each row by a fit without its fold.
         test_ids: (T,) ids.
         test_probs: (T, C) float64.
     """
@@ -191,6 +193,8 @@ class Blend:
     naive: float
     accuracy: float
     accuracy_standard_error: float
+    oof_ids: Ids
+    oof_probs: Probs64
     test_ids: Ids
     test_probs: Probs64
 
@@ -363,6 +367,8 @@ def blend(
         naive=_score(metric, labels, seen),
         accuracy=accuracy.score(labels, held_out),
         accuracy_standard_error=_figure(accuracy_error),
+        oof_ids=ids,
+        oof_probs=held_out,
         test_ids=first.test_ids,
         test_probs=test_probs,
     )

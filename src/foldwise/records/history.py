@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -25,6 +25,8 @@ from foldwise.stats import Z95
 SCHEMA_VERSION = 1
 OWN_TRACK, EXTERNAL_TRACK = "competition data only", "with external data"
 _BLEND, _SUBMISSION, _PUBLIC, _UPLOADS = "blend.json", "submission.csv", "public.json", "uploads.json"
+# The copies of the newest: each a submission, and the description that tells which one it is.
+BEST_COPY, STRICT_COPY = (_SUBMISSION, _BLEND), ("strict.csv", "strict.json")
 _FOLDER = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 # Members that a line names; more are counted.
 _NAMED = 4
@@ -191,12 +193,14 @@ class History:
         competition: Its name.
         submissions: The latest first, by the time of their folder.
         newest: The one that a copy of is kept as the newest; None where there is none, or where it is left out.
+        newest_strict: The one that a copy of is kept as the newest of competition data only; None likewise.
         left_out: A line `<folder>: <reason>` for each folder that cannot be read.
     """
 
     competition: str
     submissions: tuple[Submission, ...]
     newest: Submission | None
+    newest_strict: Submission | None
     left_out: tuple[str, ...]
 
     @cached_property
@@ -214,7 +218,8 @@ class History:
         """The submission meant.
 
         Args:
-            of: Its folder, or the beginning of its folder's name or of its hash; None or `newest`: the newest.
+            of: Its folder, or the beginning of its folder's name or of its hash; None, `newest` or `best`: the newest;
+                `strict`: the newest of competition data only.
 
         Raises:
             FoldwiseError: If there is none, or it is not clear which one.
@@ -223,12 +228,13 @@ class History:
             what = f"there is no submission of `{self.competition}`"
             what += "".join(f"\n  left out: {line}" for line in self.left_out)
             raise FoldwiseError(f"{what}\n  fix: make submit COMP={self.competition}")
-        if of is None or of == "newest":
-            if self.newest is None:
-                what = f"the newest submission of `{self.competition}` is not what was written, or its folder is gone"
-                what += "".join(f"\n  left out: {line}" for line in self.left_out)
-                raise FoldwiseError(f"{what}\n  fix: take it back with git, make submit again, or name one by OF=")
-            return self.newest
+        of = "newest" if of is None else of
+        if of in ("newest", "best"):
+            what = f"the newest submission of `{self.competition}` is not what was written, or its folder is gone"
+            return self._there(self.newest, what, "make submit again")
+        if of == "strict":
+            what = f"no submission of `{self.competition}` is of {OWN_TRACK}, or the newest is not what was written"
+            return self._there(self.newest_strict, what, f"make submit COMP={self.competition} TRACK=strict")
         wanted = Path(of).name.lower()
         found = [
             submission
@@ -247,6 +253,17 @@ class History:
             raise FoldwiseError(f"OF={of}: {reasons[0]}\n  fix: take it back with git, or name another one")
         there = ", ".join(submission.name for submission in self.submissions)
         raise FoldwiseError(f"OF={of}: there is no such submission of `{self.competition}`\n  fix: one of {there}")
+
+    def _there(self, submission: Submission | None, what: str, again: str) -> Submission:
+        if submission is None:
+            what += "".join(f"\n  left out: {line}" for line in self.left_out)
+            raise FoldwiseError(f"{what}\n  fix: take it back with git, {again}, or name one by OF=")
+        return submission
+
+
+def track_of(told: Mapping[str, Any]) -> str:
+    """The track of a run or a blend, by what its `run.json` or `blend.json` says of external data."""
+    return EXTERNAL_TRACK if told.get("external") or "external" in told.get("marks", ()) else OWN_TRACK
 
 
 def submissions_folder(root: Path, competition: str) -> Path:
@@ -286,7 +303,12 @@ def read_history(root: Path, competition: str) -> History:
     if faults:
         raise RecordError(faults)
     submissions = tuple(_with_public_scores(read))
-    return History(competition, submissions, _newest(folder, submissions, competition), tuple(left_out))
+    strict = [submission for submission in submissions if submission.track == OWN_TRACK]
+    newest = _newest(folder / BEST_COPY[1], submissions, competition, _latest(submissions))
+    own = newest if newest in strict else _latest(strict)
+    return History(
+        competition, submissions, newest, _newest(folder / STRICT_COPY[1], strict, competition, own), tuple(left_out)
+    )
 
 
 def _with_public_scores(read: Sequence[Submission]) -> Iterator[Submission]:
@@ -320,7 +342,6 @@ def _read(path: Path, root: Path, competition: str) -> Submission | None:
         raise ValueError(f"{_SUBMISSION} is not the file that {_BLEND} describes")
     estimate, expectation, marks = told["estimate"], told.get("expectation"), tuple(told.get("marks", ()))
     members = tuple((str(member["run"]), float(member["weight"])) for member in told["members"])
-    external = bool(told.get("external")) or "external" in marks
     rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
     return Submission(
         path=path,
@@ -334,7 +355,7 @@ def _read(path: Path, root: Path, competition: str) -> Submission | None:
         expected=(expectation["right"], expectation["plus_minus"]) if expectation else None,
         images=sum(1 for _ in rows) - 1,
         marks=marks,
-        track=EXTERNAL_TRACK if external else OWN_TRACK,
+        track=track_of(told),
         sha256=told["submission_sha256"],
         n_scored=_n_scored(root, members),
         public=_read_public(path),
@@ -379,12 +400,18 @@ def _beside(file: Path, build: Callable[[Any], T], fix: str) -> T | None:
         raise RecordError([Fault(f"{file.parent.name}/{file.name}", f"cannot be read ({error})", fix)]) from None
 
 
-def _newest(folder: Path, submissions: Sequence[Submission], competition: str) -> Submission | None:
-    """The submission whose copy is kept as the newest; the latest where that is of another competition.
+def _latest(submissions: Sequence[Submission]) -> Submission | None:
+    """The latest; of those that were written together the one with the best estimate."""
+    return max(submissions, key=lambda one: (one.when, METRICS[one.metric].sign * one.score), default=None)
+
+
+def _newest(
+    copy: Path, submissions: Sequence[Submission], competition: str, otherwise: Submission | None
+) -> Submission | None:
+    """The submission whose description is copied; `otherwise` where there is no copy, or one of another competition.
 
     None where the copy is of this one, but its folder is left out or gone: no other may stand in for it unsaid.
     """
-    copy = folder / _BLEND
     if copy.exists():
         described = copy.read_bytes()
         # The same blend again keeps its folder, so that the newest need not be the latest.
@@ -396,7 +423,7 @@ def _newest(folder: Path, submissions: Sequence[Submission], competition: str) -
                 return None
         except (ValueError, KeyError, TypeError):
             return None
-    return submissions[0] if submissions else None
+    return otherwise
 
 
 def parse_score(text: str, metric: Metric) -> float:
@@ -498,14 +525,22 @@ def history_lines(history: History) -> list[str]:
     header = ["submission", "estimate", "expect", "public", "z", "uploaded"]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     metrics = ", ".join(dict.fromkeys(submission.metric for submission in history.submissions))
-    lines = [*left_out, f"submissions of {history.competition} by {metrics}, the latest first; * is the newest", ""]
+    legend = "* is the newest"
+    if history.newest_strict is not None and history.newest_strict is not history.newest:
+        legend += f", s that of {OWN_TRACK}"
+    lines = [*left_out, f"submissions of {history.competition} by {metrics}, the latest first; {legend}", ""]
     for submission, cells in zip((None, *history.submissions), (header, *rows), strict=True):
-        mark = "*" if submission is not None and submission is history.newest else " "
-        lines.append(f"{mark} {'  '.join(map(str.ljust, cells, widths))}".rstrip())
+        lines.append(f"{_star(submission, history)} {'  '.join(map(str.ljust, cells, widths))}".rstrip())
         if submission is not None:
             marks = f"; marked {', '.join(submission.marks)}" if submission.marks else ""
             lines.append(f"    {submission.blended}; {submission.track}{marks}")
     return [*lines, "", *_drift_lines(history)]
+
+
+def _star(submission: Submission | None, history: History) -> str:
+    if submission is None:
+        return " "
+    return "*" if submission is history.newest else "s" if submission is history.newest_strict else " "
 
 
 def _cells(submission: Submission, history: History) -> list[str]:
@@ -584,6 +619,7 @@ def history_json(history: History) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "competition": history.competition,
         "newest": history.newest.name if history.newest else None,
+        "newest_strict": history.newest_strict.name if history.newest_strict else None,
         "submissions": [
             {
                 "name": submission.name,

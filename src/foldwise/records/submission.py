@@ -9,28 +9,37 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import datetime
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from foldwise.errors import Fault, RecordError
-from foldwise.files import atomic_write, pretty_json, sha256_bytes
-from foldwise.metrics import LOG_LOSS_EPS
-from foldwise.records.ensemble import Blend, Correction, Recipe
-from foldwise.records.store import Probs64, rows_of
+from foldwise.errors import Fault, FoldwiseError, RecordError
+from foldwise.files import atomic_path, pretty_json, sha256_bytes
+from foldwise.metrics import LOG_LOSS_EPS, Metric
+from foldwise.records.calibration import Prior
+from foldwise.records.ensemble import METHODS, Blend, Correction, Method, Recipe, blend
+from foldwise.records.history import BEST_COPY, EXTERNAL_TRACK, OWN_TRACK, STRICT_COPY, track_of
+from foldwise.records.store import Probs64, Run, rows_of
+from foldwise.stats import Difference, paired_difference
 
 # 2 added how to calibrate and what was tried; whatever 1 has is there as it was.
 SCHEMA_VERSION = 2
-_SUBMISSION, _BLEND = "submission.csv", "blend.json"
+_SUBMISSION, _BLEND = BEST_COPY
 # Members that are printed; the rest are counted.
 _LISTED = 12
+# Members that a line names; the rest are counted.
+_NAMED = 4
 # Characters of a line of explanation.
 _WIDTH = 105
+
+Track = Literal["best", "strict"]
 
 
 def check_submission(
@@ -103,25 +112,161 @@ def check_submission(
     return faults
 
 
-def write_submission(
-    folder: Path, blend: Blend, *, expected_ids: Sequence[str], id_column: str, label_column: str, now: datetime
-) -> Path:
-    """Write a blend's predictions to a folder of their own, and over the newest copy.
+@dataclass(frozen=True, eq=False)
+class Tracks:
+    """The best blend, and the best of competition data only.
+
+    Attributes:
+        best: None where only the strict one was asked for.
+        strict: Of competition data only; `best` itself where that is so. None where no run is, or the user named runs.
+        every: The blend of all runs, where some saw external data; `best` itself where these help.
+        gain: Of `every` over `strict`, paired; None where not both were made, or `every` is of competition data only.
+        written: What gets a copy as the newest, by the names of the copies: a submission and its description.
+    """
+
+    best: Blend | None
+    strict: Blend | None
+    every: Blend | None
+    gain: Difference | None
+    written: Mapping[tuple[str, str], Blend]
+
+    @property
+    def first(self) -> Blend:
+        """The one to tell of at length."""
+        return next(iter(self.written.values()))
+
+
+def blend_tracks(
+    runs: Sequence[Run],
+    *,
+    metric: Metric,
+    groups: Mapping[str, str],
+    methods: Sequence[Method] = METHODS,
+    prior: Prior = "none",
+    track: Track | None = None,
+    named: bool = False,
+) -> Tracks:
+    """Blend all runs, and where some saw external data those of competition data only as well.
+
+    The blend of all runs is the best one where it gives a run with external data a weight and its estimate is higher
+    than that of the strict one. Having been chosen so, the better of the two estimates is too good by 0.4 standard
+    errors of the gain at most (the mean of a standard normal variable's positive part is 0.399).
 
     Args:
-        folder: `submissions`; gets `<now>-<hash>/submission.csv` and `blend.json`, and a copy of both as the newest.
-        blend: What to submit.
+        runs: At least one; see `ensemble.blend` for this and the next four.
+        metric: What to choose and to score by.
+        groups: Group of each id.
+        methods: Some of `METHODS`.
+        prior: What to correct class probabilities for.
+        track: Which of the two to make; None for both.
+        named: The user named the runs: all of them are blended, whatever their tracks, unless `track` is `strict`.
+
+    Returns:
+        The blends; the same for the same runs.
+
+    Raises:
+        RecordError: If runs do not fit each other.
+        FoldwiseError: If the strict one was asked for, but no run, or not every one that the user named, can be in it.
+    """
+
+    def blended(some: Sequence[Run]) -> Blend:
+        return blend(some, metric=metric, groups=groups, methods=methods, prior=prior)
+
+    external = [run.name for run in runs if track_of(run.info) == EXTERNAL_TRACK]
+    own = [run for run in runs if track_of(run.info) == OWN_TRACK]
+    if track == "strict":
+        if external and named:
+            what = f"TRACK=strict: not of {OWN_TRACK}: {', '.join(external)}"
+            raise FoldwiseError(f"{what}\n  fix: leave these out of RUNS, or TRACK")
+        if not own:
+            what = f"TRACK=strict: no run is of {OWN_TRACK}, but {_runs(len(external))} {EXTERNAL_TRACK}"
+            raise FoldwiseError(f"{what}\n  fix: train one without `external`, or leave TRACK out")
+        strict = blended(own)
+        return Tracks(None, strict, None, None, {STRICT_COPY: strict})
+    if named or not own:
+        best = blended(runs)
+        return Tracks(best, None, None, None, {BEST_COPY: best})
+    # First, since it refuses runs that do not fit each other, whatever their tracks.
+    every = blended(runs) if external else None
+    best = strict = blended(own)
+    gain = None
+    if every is not None and _track(every) == EXTERNAL_TRACK:
+        gain = _gain(every, strict, own[0], metric, groups)
+        # By the scores that are kept: those are the same on every machine.
+        best = every if metric.sign * (every.score - strict.score) > 0 else strict
+    return Tracks(best, strict, every, gain, {BEST_COPY: best} | ({} if track == "best" else {STRICT_COPY: strict}))
+
+
+def _gain(first: Blend, second: Blend, run: Run, metric: Metric, groups: Mapping[str, str]) -> Difference:
+    """Gain of the first blend over the second, both cross-fitted, on the images that the run knows the labels of."""
+    mine, other = (of.oof_probs[rows_of(of.oof_ids, run.ids)] for of in (first, second))
+    return paired_difference(metric, run.labels, mine, other, np.array([groups[name] for name in run.ids.tolist()]))
+
+
+def write_submissions(
+    folder: Path, tracks: Tracks, *, expected_ids: Sequence[str], id_column: str, label_column: str, now: datetime
+) -> dict[tuple[str, str], Path]:
+    """Write blends' predictions to folders of their own, and over the newest copies: all of them, or none.
+
+    Args:
+        folder: `submissions`; gets `<when>-<hash>/submission.csv` and `blend.json` for each blend, and copies of both
+            as the newest: `submission.csv` and `blend.json` of the best, `strict.csv` and `strict.json` of the strict.
+        tracks: What to submit.
         expected_ids: The ids to predict, in the order to write.
         id_column: Name of the first column.
         label_column: Name of the second.
-        now: Names the folder, to the second, unless the very same blend has one already.
+        now: Names the folder, to the second, unless the very same blend has one already. Where that name is taken, the
+            next second is.
 
     Returns:
-        The folder of this submission.
+        The folder of each submission, by the names of its copies; equal for the same blend.
 
     Raises:
-        RecordError: If the blend does not predict an expected id.
+        RecordError: If a blend does not predict an expected id.
     """
+    kept: dict[Blend, _Kept] = {}
+    for one in tracks.written.values():
+        if one not in kept:
+            content, description = _contents(one, expected_ids, id_column, label_column)
+            path = _own_folder(folder, content, description, now, [other.path for other in kept.values()])
+            kept[one] = _Kept(path, content, description)
+    places = [(folder, names, kept[one]) for names, one in tracks.written.items()]
+    places += [(new.path, BEST_COPY, new) for new in kept.values()]
+    created = [new.path for new in kept.values() if not new.path.exists()]
+    try:
+        # Renamed when all are whole, the last first: folders before copies, a submission before what describes it.
+        with ExitStack() as stack:
+            for place, (submission, described), new in places:
+                stack.enter_context(atomic_path(place / described)).write_bytes(new.description.encode())
+                stack.enter_context(atomic_path(place / submission)).write_bytes(new.content)
+            for place, (_, described), _ in places:
+                # A description must never stand beside a submission that it does not describe.
+                (place / described).unlink(missing_ok=True)
+    except BaseException:
+        for path in created:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+    return {names: kept[one].path for names, one in tracks.written.items()}
+
+
+@dataclass(frozen=True)
+class _Kept:
+    path: Path
+    content: bytes
+    description: str
+
+
+def _own_folder(folder: Path, content: bytes, description: str, now: datetime, taken: Sequence[Path]) -> Path:
+    """The folder that the very same blend has already, or one that nothing has."""
+    digest = sha256_bytes(content)[:8]
+    same = [file.parent for file in folder.glob(f"*-{digest}/{_BLEND}") if file.read_text("utf-8") == description]
+    names = (folder / f"{now + timedelta(seconds=late):%Y%m%d-%H%M%S}-{digest}" for late in count())
+    return min(same) if same else next(path for path in names if path not in taken and not (path / _BLEND).exists())
+
+
+def _contents(blend: Blend, expected_ids: Sequence[str], id_column: str, label_column: str) -> tuple[bytes, str]:
+    """The bytes of a blend's `submission.csv`, checked, and its description."""
     predicted = set(blend.test_ids.tolist())
     if lacking := [name for name in expected_ids if name not in predicted]:
         what = (
@@ -146,18 +291,7 @@ def write_submission(
     )
     if faults:
         raise RecordError(faults)
-
-    digest = sha256_bytes(content)
-    description = pretty_json(_describe(blend, Counter(labels), digest))
-    # The same blend again is the same submission: it keeps its folder.
-    same = [file.parent for file in folder.glob(f"*-{digest[:8]}/{_BLEND}") if file.read_text("utf-8") == description]
-    path = min(same, default=folder / f"{now:%Y%m%d-%H%M%S}-{digest[:8]}")
-    for place in (path, folder):
-        # A description must never stand beside a submission that it does not describe.
-        (place / _BLEND).unlink(missing_ok=True)
-        atomic_write(place / _SUBMISSION, content)
-        atomic_write(place / _BLEND, description)
-    return path
+    return content, pretty_json(_describe(blend, Counter(labels), sha256_bytes(content)))
 
 
 def predict_as_described(told: Mapping[str, Any], probs: Sequence[Probs64]) -> Probs64:
@@ -231,7 +365,56 @@ def blend_lines(blend: Blend) -> list[str]:
     lines.append(f"expect       {right} +- {margin} of {len(blend.test_ids)} test images right")
     if blend.marks:
         lines.append(f"marks        {', '.join(blend.marks)}")
+    external = [member.run.name for member in blend.members if track_of(member.run.info) == EXTERNAL_TRACK]
+    track = f"{EXTERNAL_TRACK} ({', '.join(external)})" if external else OWN_TRACK
+    lines += [f"{'' if index else 'track':<12} {line}" for index, line in enumerate(wrap(track, _WIDTH))]
     return lines
+
+
+def tracks_lines(tracks: Tracks) -> list[str]:
+    """What to tell of the blends: the best one at length, the strict one beside it and what external data bring."""
+    lines = blend_lines(tracks.first)
+    if tracks.every is None:
+        return lines
+    if tracks.gain is None:
+        what = f"in a blend of all {len(tracks.every.considered)} runs none with external data gets a weight"
+        return [*lines, f"external     does not help: {what}"]
+    gain = (
+        f"{_with_error(tracks.gain.gain, tracks.gain.standard_error, sign='+')}, paired, "
+        f"{tracks.gain.level:.0%} interval {tracks.gain.low:+.4f} to {tracks.gain.high:+.4f}"
+    )
+    if tracks.best is tracks.strict:
+        score = _with_error(tracks.every.score, tracks.every.standard_error)
+        return [*lines, f"external     does not help: with it {score}, a gain of {gain}"]
+    if tracks.strict is None:
+        return lines
+    low, high = tracks.strict.interval
+    score = _with_error(tracks.strict.score, tracks.strict.standard_error)
+    return [
+        *lines,
+        f"external     a gain of {gain}, over the strict one",
+        f"strict       {_in_short(tracks.strict)}",
+        f"             estimate {score}, {tracks.strict.level:.0%} interval {low:.4f} to {high:.4f}",
+    ]
+
+
+def written_lines(written: Mapping[tuple[str, str], Path], root: Path) -> list[str]:
+    """What was written where: a line a copy; see `write_submissions`."""
+    lines = []
+    for names, path in written.items():
+        kept = path.relative_to(root)
+        lines.append(f"{kept.parent.as_posix()}/{', '.join(names)}; kept in {kept.as_posix()}")
+    return [f"{'' if index else 'written':<12} {line}" for index, line in enumerate(lines)]
+
+
+def _track(blend: Blend) -> str:
+    return track_of({"external": blend.external, "marks": blend.marks})
+
+
+def _in_short(blend: Blend) -> str:
+    named = [f"{member.run.name} {member.weight:.2f}" for member in blend.members[:_NAMED]]
+    more = [f"{len(blend.members) - _NAMED} more"] if len(blend.members) > _NAMED else []
+    return f"{blend.method} of {', '.join([*named, *more])}"
 
 
 def _with_error(value: float, error: float, sign: str = "") -> str:
