@@ -44,7 +44,7 @@ export DEVICE TRACK WANDB_PROJECT STORAGE RAY_ADDRESS
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data check exp tune report plot explain compare drift results eval publish submit submissions sync test lint bench clean
+.PHONY: help setup demo data check exp tune report plot explain compare drift leaks results eval publish submit submissions sync test lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,9 @@ plot: $(READY)  ## draw kept runs side by side, into oof/comparison.png: RUNS=a,
 compare: $(READY)  ## tell kept runs apart, which differences are real and what blends: [COMP=aspicv] [RUNS=a,b] [JSON=1|CSV=1|HTML=1 PICTURES=0]
 	@$(RUN) compare --comp $(COMP) $(if $(RUNS),--runs $(RUNS)) $(if $(JSON),--json) $(if $(CSV),--csv) \
 	  $(if $(HTML),--html $(if $(filter-out 1,$(HTML)),"$(HTML)")) $(if $(filter 0,$(PICTURES)),--no-pictures)
+
+leaks: $(READY)  ## show which images of a data set are copies of a competition's: SOURCE=<name> [COMP=aspicv]
+	@$(if $(SOURCE),,$(error say which data set: make leaks COMP=aspicv SOURCE=fer2013_full))$(RUN) leaks $(COMP) $(SOURCE)
 
 results: $(READY)  ## write docs/RESULTS.md from the kept runs, and what each choice in docs/ablations.yaml was worth: [COMP=aspicv]
 	@$(RUN) results $(COMP)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -66,9 +68,16 @@ class Likeness:
     def counts(self) -> dict[str, int]:
         """Copies by similarity, from the threshold up, in steps that grow finer."""
         ends = [self.threshold, 0.9, 0.95, 0.98, np.inf]
-        found, _ = np.histogram(self.similarity[self.copies], ends)
+        found, _ = np.histogram(self.similarity[self.copies], np.array(ends, dtype=np.float32))
         names = [f"{low:.2f} to {high:.2f}" for low, high in pairwise(ends[:-1])]
         return dict(zip([*names, f"{ends[-2]:.2f} and more"], found.tolist(), strict=True))
+
+
+class _Cut(NamedTuple):
+    """A picture's band, and its middle at every zoom, mirrored and not, less those that are constant."""
+
+    banded: Floats
+    cores: list[Floats]
 
 
 def likeness(
@@ -119,12 +128,21 @@ def nearest_copies(images: Images, others: Images, *, block: int = 2048) -> tupl
     pictures = _gray(others)
     grids = list(_grids(pictures))
     for start in range(0, len(images), block):
-        mine = _gray(images[start : start + block])
-        best, rows = _on_grid(_banded(mine), grids)
-        for index in np.flatnonzero(best >= _WORTH_A_LOOK).tolist():
-            pair = mine[index], pictures[rows[index]]
-            best[index] = max(_aligned(*pair), _aligned(*reversed(pair)))
-        partner[start : start + block], similarity[start : start + block] = rows, best
+        here = slice(start, start + block)
+        similarity[here], partner[here] = _on_grid(_banded(_gray(images[here])), grids)
+
+    def align(rows: npt.NDArray[np.int64]) -> None:
+        other = _cut(pictures[partner[rows[0]]])
+        for row in rows.tolist():
+            mine = _cut(_gray(images[row : row + 1])[0])
+            similarity[row] = max(_aligned(mine, other), _aligned(other, mine))
+
+    close = np.flatnonzero(similarity >= _WORTH_A_LOOK)
+    close = close[np.argsort(partner[close], kind="stable")]
+    # All images of one partner together: its cuts are made once, and are gone before the next one's.
+    of_partner = np.split(close, np.flatnonzero(np.diff(partner[close])) + 1) if len(close) else []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        list(threads.map(align, of_partner))
     return partner, similarity
 
 
@@ -200,30 +218,33 @@ def _on_grid(banded: Floats, grids: list[Floats]) -> tuple[Floats, npt.NDArray[n
     return best, rows
 
 
-def _aligned(picture: Floats, other: Floats) -> float:
-    """The highest correlation of a picture with the middle of another, over zooms, mirroring and shifts."""
+def _cut(picture: Floats) -> _Cut:
     low = (_SIDE - _CORE) // 2
-    banded = _banded(picture[None])[0]
-    best = -1.0
+    cores = []
     for zoom in _ZOOMS:
-        middle = np.ascontiguousarray(_banded(_zoomed(other, zoom)[None])[0, low : low + _CORE, low : low + _CORE])
-        if np.ptp(middle) < 1e-3:
-            continue
-        for core in (middle, np.ascontiguousarray(middle[:, ::-1])):
-            best = max(best, float(cv2.matchTemplate(banded, core, cv2.TM_CCOEFF_NORMED).max()))
-    return min(best, 1.0)
+        middle = _banded(_zoomed(picture, zoom)[None])[0, low : low + _CORE, low : low + _CORE]
+        if np.ptp(middle) >= 1e-3:
+            cores += [np.ascontiguousarray(middle), np.ascontiguousarray(middle[:, ::-1])]
+    return _Cut(_banded(picture[None])[0], cores)
+
+
+def _aligned(picture: _Cut, other: _Cut) -> float:
+    """The highest correlation of a picture with the middle of another, over zooms, mirroring and shifts."""
+    found = [cv2.matchTemplate(picture.banded, core, cv2.TM_CCOEFF_NORMED).max() for core in other.cores]
+    return min(float(max(found, default=-1.0)), 1.0)
 
 
 def _read(path: Path, images: Dataset) -> Likeness | None:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             header, *rows = csv.reader(file)
+        ids, nearest, similarity = zip(*rows, strict=True)
+        values = np.array(similarity, dtype=np.float32)
     except (OSError, ValueError):
         return None
-    if header != ["id", "nearest", "similarity"] or [row[0] for row in rows] != images.ids.tolist():
+    if header != ["id", "nearest", "similarity"] or list(ids) != images.ids.tolist():
         return None
-    columns: list[Any] = list(zip(*rows, strict=True))
-    return Likeness(images.ids, np.array(columns[1], dtype=np.str_), np.array(columns[2], dtype=np.float32))
+    return Likeness(images.ids, np.array(nearest, dtype=np.str_), values)
 
 
 def _write(path: Path, found: Likeness) -> None:

@@ -70,9 +70,10 @@ class Stacked:
     def __getitem__(self, rows: Any) -> Pixels:
         """See `Images`."""
         if isinstance(rows, (int, np.integer)):
-            index = int(np.searchsorted(self._ends, rows, side="right"))
+            wanted_row = range(len(self))[rows]
+            index = int(np.searchsorted(self._ends, wanted_row, side="right"))
             part = self._parts[index]
-            row = rows - (self._ends[index] - len(part))
+            row = wanted_row - (self._ends[index] - len(part))
             one: Pixels = fitted(part[row : row + 1], self.shape[1:])[0]
             return one
         wanted = np.arange(len(self))[rows]
