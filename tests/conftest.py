@@ -8,9 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from foldwise.data.demo import draw_demo
 from foldwise.data.ingest import ingest
+
+# How long an example takes tells of what else the machine does.
+settings.register_profile("foldwise", deadline=None)
+settings.load_profile("foldwise")
 
 
 @pytest.fixture(scope="session")

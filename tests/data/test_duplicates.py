@@ -15,7 +15,7 @@ def noise(seed: int, *shape: int) -> np.ndarray:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_agrees_with_the_correlation_matrix_in_blocks_of_any_size(seed: int, block: int) -> None:
     images = noise(seed, 14, 4, 3, 1)
     images[9] = images[2] + 30

@@ -34,7 +34,7 @@ def counts(folds: Folds, labels_of: dict[str, int], fold: int, classes: int = 4)
 
 
 @given(labelled(), st.integers(2, 6), st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_kfold_is_complete_grouped_stratified_and_balanced(
     drawn: tuple[list[str], np.ndarray, list[str]], folds: int, seed: int
 ) -> None:
@@ -54,7 +54,7 @@ def test_kfold_is_complete_grouped_stratified_and_balanced(
 
 
 @given(labelled(), st.randoms())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_rows_in_another_order_give_the_same_folds(drawn: tuple[list[str], np.ndarray, list[str]], random) -> None:
     ids, labels, groups = drawn
     rows = list(range(len(ids)))

@@ -102,7 +102,7 @@ MIXED = np.concatenate([textures(5, 3), OTHERS[3:6], OTHERS[2:4, :, ::-1], np.fu
 ALONE = nearest_copies(MIXED, OTHERS[:8])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(block=st.integers(1, 12), order=st.permutations(range(len(MIXED))))
 def test_neither_blocks_nor_order_matter(block, order):
     partner, similarity = nearest_copies(Selected(MIXED, np.array(order)), OTHERS[:8], block=block)

@@ -150,7 +150,7 @@ def test_every_transform_is_pure_and_leaves_images_and_global_generators_alone()
 
 
 @given(st.integers(1, 40), st.integers(1, 17), st.integers(0, 3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_row_comes_once_an_epoch(count: int, batch_size: int, epoch: int) -> None:
     images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
     rows = np.arange(100)[::2][:count]
@@ -274,7 +274,7 @@ shares = st.sampled_from([0.0, 0.3, 1.0])
 
 
 @given(st.integers(1, 9), alphas, alphas, shares, shares, st.integers(0, 10_000))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_targets_tell_the_share_of_pixels(
     count: int, mixup: float, cutmix: float, prob: float, switch: float, index: int
 ) -> None:

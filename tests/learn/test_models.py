@@ -356,7 +356,7 @@ def test_only_training_images_set_the_statistics() -> None:
 
 
 @given(st.integers(0, 255))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_one_flat_colour_has_a_deviation_to_divide_by(level: int) -> None:
     images = np.full((3, 16, 16, 1), level, dtype=np.uint8)
     prepare = to_input(ModelSpec(arch="cnn_3block", image_size=16), images, np.arange(3))

@@ -37,7 +37,7 @@ def drawn(seed, *, runs=3, images=400, classes=4, skill=1.0, sharpness=1.0):
     return labels, probs / probs.sum(axis=2, keepdims=True)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), sharpness=st.floats(0.4, 3.0))
 def test_a_temperature_makes_log_loss_least(seed, sharpness):
     labels, probs = drawn(seed, sharpness=sharpness)
@@ -80,7 +80,7 @@ def test_a_probability_of_zero_is_as_low_as_log_loss_sees():
     assert logits.tolist() == [[round(np.log(LOG_LOSS_EPS), 6)], [0.0]]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10_000), pull=st.sampled_from([0.1, 25.0, 1000.0]))
 def test_a_logistic_fit_is_that_of_a_plain_optimiser(seed, pull):
     labels, probs = drawn(seed, images=200)
@@ -107,7 +107,7 @@ def test_a_strong_pull_leaves_equal_coefficients():
     assert (fitted.tolist(), np.abs(bias).max()) == ([0.333] * 3, 0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), lean=st.floats(0.2, 5.0), sharpness=st.floats(0.3, 2.0))
 def test_corrected_classes_have_the_labels_shares(seed, lean, sharpness):
     labels, (probs,) = drawn(seed, runs=1, sharpness=sharpness)

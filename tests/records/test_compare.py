@@ -396,7 +396,7 @@ def test_the_text(project):
     keep_right(project, "first", right_on((0, 48)))
     project.keep("tuned", skill=1.4, seeds=(1, 2), info=tta | {"marks": ["tuned"], "parameters": 403_911})
     keep_right(project, "late", right_on((20, 50)))
-    project.keep("far", skill=-1.0, info={"external": [{"name": "fer2013", "images": 9}], "marks": ["external"]})
+    project.keep("far", skill=-1.0, info={"external": [{"source": "fer2013"}], "marks": ["external"]})
     with project.open("half"):
         pass
     assert (

@@ -83,7 +83,7 @@ def plain_caruana(stack, labels, metric):
 
 
 @pytest.mark.parametrize("name", METRICS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 10_000), sharpness=st.sampled_from([0.3, 1.0, 4.0]))
 def test_selection_is_that_of_the_plain_loop(name, seed, sharpness):
     rng = np.random.default_rng(seed)

@@ -23,7 +23,7 @@ from foldwise.data.folds import Folds
 from foldwise.errors import RecordError
 from foldwise.metrics import METRICS
 from foldwise.records import store
-from foldwise.records.store import list_runs, load_run
+from foldwise.records.store import external_words, list_runs, load_run
 
 UNITS = [(0, 42), (1, 42), (2, 42)]
 
@@ -614,3 +614,17 @@ def test_each_source_of_a_merged_set_is_scored_apart(project):
         assert (told["score"], told["n_scored"]) == ((predicted == project.labels)[part].mean(), part.sum())
         assert 0 < told["standard_error"] < 0.2
     assert set(record["source_scores"]) == {"lab", "web"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"source": "faces", "images": 12345, "weight": 1.0, "inputs_sha256": "ab"}, "faces (12,345 images)"),
+        ({"source": "faces", "images": 9, "weight": 0.25, "inputs_sha256": "ab"}, "faces (9 images, weight 0.25)"),
+        ({"source": "faces", "by": "run:pre", "inputs_sha256": "ab"}, "faces (by run:pre)"),
+        ({"source": "faces"}, "faces"),
+        ("faces", "faces"),
+    ],
+)
+def test_external_data_in_words(entry, words):
+    assert external_words([entry, entry]) == [words, words]

@@ -315,7 +315,7 @@ def test_the_list_tells_the_newest_of_each_track(project, runs):
 
 
 # The fixtures' runs are read alone, never changed.
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     external=st.sets(st.sampled_from(["a", "b", "x"])),
     metric=st.sampled_from(["accuracy", "log_loss"]),

@@ -158,7 +158,7 @@ def training_folds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @given(training_folds(), st.floats(0.01, 0.49), st.integers(0, 99), st.integers(0, 9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_inner_slice_is_whole_groups_of_every_class_and_leaves_every_class_in_training(
     drawn: tuple[np.ndarray, np.ndarray, np.ndarray], share: float, seed: int, fold: int
 ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,11 +17,14 @@ from PIL import Image
 
 from foldwise.data.competition import load_dataset
 from foldwise.data.demo import draw_face
+from foldwise.data.ingest import ingest
 from foldwise.data.labelled import read_labelled
+from foldwise.data.leaks import THRESHOLD
 from foldwise.errors import DataError, FoldwiseError, RecordError
 from foldwise.files import sha256_file
 from foldwise.learn.device import pick_runtime
 from foldwise.records.store import load_run
+from foldwise.runs import evaluate as module
 from foldwise.runs.evaluate import Evaluation, evaluate
 from foldwise.runs.kept import kept_models
 from foldwise.show.report import evaluation_lines, write_evaluation
@@ -151,12 +156,71 @@ def test_without_the_competition_nothing_is_checked_and_that_is_said(resumable: 
     found = score(resumable, new_faces(tmp_path / "new", each=1), called="mine")
     assert found.path.name == "mine"
     assert found.info["twins"]["checked"] is False
-    assert found.info["external"] == {"used": ["faces-of-elsewhere"], "checked": False}
+    assert found.info["external"] == {"used": ["faces-of-elsewhere"], "checked": False, "threshold": THRESHOLD}
     assert found.info["notes"] == [
         "NOT CHECKED whether the run was trained on some of these images: demo was not taken in on this machine",
-        "NOT CHECKED against the external data of the run: faces-of-elsewhere",
+        "NOT CHECKED against the external data of the run, faces-of-elsewhere: the record does not say which images "
+        "these are",
     ]
     assert sum("NOT CHECKED" in line for line in evaluation_lines(found, resumable.root)) == 2
+
+
+def textured(folder: Path, seed: int, count: int, *, mirrored: bool = False) -> str:
+    """Images of smooth noise, two of which resemble each other less than two drawn faces do."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = cv2.GaussianBlur(rng.normal(size=(48, 48)), (0, 0), 2)
+        image = Image.fromarray((128 + 45 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+        path = folder / CLASSES[number % 7] / f"s{seed}_{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image).save(path)
+    return str(folder)
+
+
+def test_copies_of_external_images_do_not_count_where_the_source_is_here(
+    resumable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = resumable.root / "inputs" / "elsewhere"
+    folder.mkdir()
+    described = f"name: elsewhere\nclasses: [{', '.join(CLASSES)}]\nsplit: {{kind: full}}\n"
+    (folder / "competition.yaml").write_text(f"{described}image: {{height: 48, width: 48, channels: 1}}\n")
+    ingest(Path(textured(tmp_path / "handout", 1, 21)), resumable.root, "elsewhere")
+    run_json = resumable.path() / "run.json"
+    record = json.loads(run_json.read_text())
+
+    def started_from(sha256: str) -> None:
+        entry = {"source": "elsewhere", "by": "run:pre", "inputs_sha256": sha256}
+        run_json.write_text(json.dumps(record | {"external": [entry]}))
+
+    started_from(load_dataset(resumable.root, "elsewhere").sha256)
+    # So that the nearest image of all is found across blocks.
+    monkeypatch.setattr(module, "_BLOCK", 5)
+    on = textured(tmp_path / "mixed", 2, 14)
+    textured(tmp_path / "mixed", 1, 6, mirrored=True)
+    found = score(resumable, on)
+    rows = table(found).set_index("id")
+    pairs = rows["twin"][rows["twin"] != ""]
+    assert sorted(pairs.index) == [f"s1_{number}" for number in range(6)]
+    source = load_dataset(resumable.root, "elsewhere")
+    for image, twin in pairs.items():
+        pixels = source.images[source.ids.tolist().index(twin.removeprefix("elsewhere:"))][..., 0]
+        with Image.open(next((tmp_path / "mixed").glob(f"*/{image}.png"))) as copy:
+            np.testing.assert_array_equal(pixels, np.asarray(copy)[:, ::-1])
+    assert (found.info["n_scored"], found.info["external"]["checked"]) == (14, True)
+    words = "checked against the external data of the run, elsewhere (by run:pre)"
+    assert found.info["notes"] == [f"{words}: 6 of 20 images are copies of these and do not count"]
+    (note,) = score(resumable, textured(tmp_path / "others", 3, 7)).info["notes"]
+    assert re.fullmatch(
+        re.escape(words) + r": no image is a copy of these \(similarity up to 0\.\d\d, below 0\.85\)", note
+    )
+
+    started_from("ab" * 32)
+    unchecked = score(resumable, on).info
+    assert (unchecked["n_scored"], unchecked["external"]["checked"]) == (20, False)
+    assert unchecked["notes"] == [
+        "NOT CHECKED against the external data of the run, elsewhere (by run:pre): the images or labels of elsewhere "
+        "are not those of the run"
+    ]
 
 
 def test_a_competition_that_changed_since_is_refused_or_said(resumable: Any, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_loss_is_judged_by_its_sign():
     assert not judge(METRICS["log_loss"], labels, better, worse, np.arange(60), **arguments).prune
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 1000),
     name=st.sampled_from(sorted(METRICS)),

@@ -308,12 +308,16 @@ def test_the_report_goes_along_without_the_images(resumable: Any, nobody: None, 
 
 
 def test_what_makes_a_score_doubtful_is_told(resumable: Any, nobody: None, tmp_path: Path) -> None:
-    edit_record(resumable, marks=["optimistic"], external=["faces"], git={"commit": "abc", "dirty": True})
+    external = [
+        {"source": "faces", "images": 12345, "weight": 0.5, "inputs_sha256": "ab"},
+        {"source": "fer2013_full", "by": "run:pre", "inputs_sha256": "cd"},
+    ]
+    edit_record(resumable, marks=["optimistic"], external=external, git={"commit": "abc", "dirty": True})
     card = dry_card(resumable, tmp_path)
     for line in (
         "- marked **optimistic**: the scored images themselves chose the epoch or ended the training, so the score is "
         "too high",
-        "- external data: faces",
+        "- external data: faces (12,345 images, weight 0.5), fer2013_full (by run:pre)",
         "- commit: `abc`, with changes on top",
         "- starting weights: none",
     ):

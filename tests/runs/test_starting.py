@@ -13,7 +13,7 @@ from foldwise.data.ingest import ingest
 from foldwise.errors import RecordError
 from foldwise.runs.events import UnitStarted
 
-FIX = "start from a k-fold run of demo on its present folds, from `pretrained`, or from `none`"
+FIX = "start from a run of demo on its present folds, from `pretrained`, or from `none`"
 
 
 def starter(project: Any, **changes: Any) -> Any:
@@ -65,22 +65,35 @@ def test_a_run_on_other_folds_is_refused(resumable: Any) -> None:
     )
 
 
-def test_a_run_of_another_split_kind_is_refused(project: Any) -> None:
+def test_a_run_that_left_nothing_out_is_refused_where_something_is_scored(project: Any) -> None:
     project.describe("split: {kind: full}")
     project.run(project.spec())
+    project.describe("split: {kind: kfold, folds: 5, seed: 42}")
     assert "was trained on other folds" in refusal(project)
 
 
-def test_a_run_of_another_competition_is_refused(resumable: Any) -> None:
+@pytest.mark.parametrize("split", ["{kind: full}", "{kind: holdout, share: 0.2, seed: 1}"])
+def test_a_run_that_left_out_what_is_scored_serves_whatever_the_kind_of_split(project: Any, split: str) -> None:
+    project.describe(f"split: {split}")
+    project.run(project.spec())
+    project.run(starter(project))
+    theirs, ours = (project.table(name, "test.csv").set_index("id") for name in ("tiny", "starter"))
+    np.testing.assert_allclose(ours, theirs.loc[ours.index], atol=1e-5)
+
+
+def test_a_run_of_another_competition_is_refused_unless_it_is_clear_of_this_one(resumable: Any) -> None:
     folder = resumable.root / "inputs" / "other"
     folder.mkdir()
     text = (resumable.root / "inputs" / "demo" / "competition.yaml").read_text()
     (folder / "competition.yaml").write_text(text.replace("name: demo", "name: other"))
     ingest(resumable.root / "handout", resumable.root, "other")
-    with pytest.raises(
-        RecordError, match=r"run:tiny: was trained on demo, and it is not known whether that holds images"
-    ):
+    with pytest.raises(RecordError) as caught:
         resumable.run(starter(resumable, competition="other"))
+    assert str(caught.value) == (
+        "model.weights: run:tiny: was trained on demo, and was not kept clear of the images of other\n"
+        "  fix: write `clear_of: [other]` into experiments/tiny.yaml, and run it again with FRESH=1\n"
+        "1 error; nothing was written."
+    )
     assert not resumable.path("starter").exists()
 
 

@@ -143,7 +143,7 @@ def test_it_is_wrong_as_often_as_it_says_and_only_whole_groups_make_it_so():
     assert sum(p <= 0.05 for p, _ in alone) >= 4
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=12, max_size=40))
 def test_the_auc_is_that_of_scikit_learn_and_its_error_that_of_delong(rows):
     scores = np.array([float(score) for score, _ in rows])

@@ -204,7 +204,7 @@ def test_captum_is_asked_for_by_name(monkeypatch):
     assert str(caught.value) == 'captum is not installed\n  fix: pip install "foldwise[explain]"'
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 3), st.integers(2, 9))
 def test_rows_of_a_rollout_sum_to_one(seed, layers, heads, tokens):
     generator = torch.Generator().manual_seed(seed)

@@ -331,7 +331,7 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(events, max_size=12), st.floats(0, 5))
 def test_no_order_of_events_raises(sequence: list[Event], pace: float) -> None:
     clock = Clock()

@@ -96,7 +96,7 @@ def names_of(report):
 probabilities = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(probabilities, st.integers(1, 80), st.integers(2, 6), st.booleans())
 def test_the_table_is_scikit_learns(rng, rows, classes, absent):
     labels = rng.integers(0, classes - absent, rows)
@@ -118,7 +118,7 @@ def test_the_table_is_scikit_learns(rng, rows, classes, absent):
             assert row["support"] == expected["support"]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(probabilities, st.integers(1, 200))
 def test_calibration_error_is_the_papers_sum(rng, rows):
     labels, probs = rng.integers(0, 3, rows), rng.dirichlet(np.ones(3), rows)
@@ -294,12 +294,14 @@ def test_a_test_part_and_sources_are_told_where_they_are_scored(root):
     record = json.loads((path / "run.json").read_text())
     source = {"score": 0.25, "standard_error": 0.0625, "n_scored": 1234}
     record |= {"test_score": 0.5, "test_standard_error": 0.125, "source_scores": {"a": source}, "marks": ["optimistic"]}
+    record |= {"external": [{"source": "faces", "by": "run:pre", "inputs_sha256": "ab"}]}
     (path / "run.json").write_text(json.dumps(record))
     write_report(path, root=root)
     lines = (path / "report" / "classification_report.txt").read_text().splitlines()
     assert f"{'test part':<20} 0.5000 +- 0.1250" in lines
     assert f"{'source a':<20} 0.2500 +- 0.0625 (1,234 images)" in lines
     assert f"{'marks':<20} optimistic" in lines
+    assert f"{'external data':<20} faces (by run:pre)" in lines
 
 
 def test_a_history_that_cannot_be_read_is_said(root):

@@ -213,7 +213,7 @@ def test_live_view_ends_with_the_trials_and_the_same_final_lines(width: int, hei
     assert "best so far" in shown
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(20, 200), st.integers(5, 60), st.integers(0, 12), st.integers(0, 30), st.sampled_from(["vit", "x" * 90])
 )
@@ -345,7 +345,7 @@ events_ = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(events_, max_size=12), st.floats(0, 100))
 def test_no_order_of_events_raises(sequence: list[Event], pace: float) -> None:
     clock = Clock()

@@ -493,7 +493,7 @@ def places(tree: Any, loc: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*loc, key))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_deleting_and_inserting_keys_gives_a_spec_or_a_spec_error(shared_project: Path, data: st.DataObject) -> None:
     tree: dict[str, Any] = parse_yaml(VIT, Path("vit.yaml")).value
@@ -524,7 +524,7 @@ def test_deleting_and_inserting_keys_gives_a_spec_or_a_spec_error(shared_project
     assert count > 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, len(VIT)), st.integers(0, 12), st.text(":{}[]&*!|>'\"#%@?,-\t \n01.eax", max_size=4))
 def test_garbling_the_text_gives_a_spec_or_a_spec_error(shared_project: Path, start: int, cut: int, new: str) -> None:
     path = shared_project / "experiments" / "vit.yaml"

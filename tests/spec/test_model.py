@@ -70,6 +70,16 @@ def test_the_least_spec_is_valid_frozen_and_whole_when_resolved() -> None:
         ({"distill": {"from": ["x"], "weight": 0}}, "greater than 0"),
         ({"distill": {"from": ["x"], "temperature": 0.5}}, "greater than or equal to 1"),
         ({"pseudo": {"from": ["x"], "min_confidence": 1.1}}, "less than or equal to 1"),
+        ({"external": [{"source": "../up"}]}, "expected the name of a folder under inputs/, but got '../up'"),
+        ({"external": [{"source": "x"}, {"source": "x"}]}, "expected distinct sources, but got \\['x', 'x'\\]"),
+        ({"external": [{"source": "b"}]}, "`external` names the competition itself: 'b'"),
+        ({"external": [{"source": "x", "weight": 0}]}, "greater than 0"),
+        ({"external": [{"class_map": {}}]}, "source\n  Field required"),
+        ({"external": [{"source": "x", "class_map": {"y": 1}}]}, "valid string"),
+        ({"external": [{"source": "x", "weights": 1}]}, "Extra inputs"),
+        ({"clear_of": ["../up"]}, "expected names of folders under inputs/, but got '../up'"),
+        ({"clear_of": ["x", "x"]}, "expected distinct competitions, but got \\['x', 'x'\\]"),
+        ({"clear_of": ["b"]}, "`clear_of` names the competition itself: 'b'"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -118,3 +128,12 @@ def test_teachers_are_called_by_the_key_of_the_file() -> None:
     assert (student.pseudo.teachers, student.distill.teachers) == (("x", "y"), ("z",))
     assert resolved(student)["pseudo"] == {"from": ["x", "y"], "min_confidence": 0.9, "hard": True, "weight": 1.0}
     assert resolved(student)["distill"] == {"from": ["z"], "weight": 0.7, "temperature": 2.0}
+
+
+def test_a_class_of_external_data_may_become_none() -> None:
+    asked = spec(external=[{"source": "x", "class_map": {"y": None, "z": "a"}}, {"source": "w", "weight": 0.5}])
+    assert resolved(asked)["external"] == [
+        {"source": "x", "class_map": {"y": None, "z": "a"}, "weight": 1.0},
+        {"source": "w", "class_map": {}, "weight": 0.5},
+    ]
+    assert (resolved(spec())["external"], resolved(spec())["clear_of"]) == ([], [])

@@ -162,7 +162,7 @@ def drawn(data: st.DataObject, space: tuple[Parameter, ...]) -> dict[str, Any]:
     return values
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_values_of_a_space_give_a_valid_spec_that_holds_them(data: st.DataObject) -> None:
     spec = spec_of(SPACE)
@@ -188,7 +188,7 @@ CLASHING = """\
 """
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_values_that_do_not_go_together_are_a_spec_error_that_names_them_all(data: st.DataObject) -> None:
     spec = spec_of(CLASHING)
@@ -249,7 +249,7 @@ def enumerated(space: tuple[Parameter, ...], values: dict[str, Any]) -> Iterator
         yield from enumerated(tuple(rest), {**values, head.key: value})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_the_size_is_the_number_of_distinct_sets(data: st.DataObject) -> None:
     options = {f"k{index}": data.draw(finite) for index in range(data.draw(st.integers(1, 4)))}
@@ -284,7 +284,7 @@ def test_a_space_with_a_range_of_floats_is_endless_only_where_it_exists() -> Non
     assert size(never) == 2
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 40), st.integers(1, 90), st.integers(1, 40))
 def test_optuna_takes_every_range_as_it_is(low: int, width: int, step: int) -> None:
     assume(step <= width)
@@ -323,7 +323,6 @@ def test_fewer_epochs_shrink_all_that_is_counted_in_epochs() -> None:
     assert with_fidelity(spec, FidelitySpec()) == spec
 
 
-@settings(deadline=None)
 @given(
     epochs=st.integers(1, 100),
     less=st.integers(1, 100),

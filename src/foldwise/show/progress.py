@@ -23,6 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from foldwise.records.store import external_words
 from foldwise.runs.events import (
     EpochDone,
     Event,
@@ -258,6 +259,8 @@ def closing(event: RunDone) -> list[str]:
         lines.append(f"  wall time  {duration(info['wall_s'])}")
     if marks := info.get("marks"):
         lines.append("  marks      " + ", ".join(marks))
+    if external := info.get("external"):
+        lines.append("  external   " + ", ".join(external_words(external)))
     lines.append(f"  kept in    {event.path}")
     if info.get("smoke"):
         lines.append("  next       the same without SMOKE=1 (a smoke run's score means nothing)")
