@@ -133,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         "--score", help="blend nothing: record the newest submission's public score, or `kaggle` to fetch it"
     )
     submit.add_argument("--images", help="with --score: how many test images it is on, e.g. 90 or 30%%")
-    submit.add_argument("--of", help="with --score or --kaggle: a kept submission, by folder or start of its hash")
+    submit.add_argument(
+        "--of", help="with --score or --kaggle: a kept submission, by folder, start of its hash, `best` or `strict`"
+    )
 
     listed = command("submissions", _submissions, "list the submissions: what was expected, and what they scored")
     listed.add_argument("--comp", default="aspicv", help="name of the competition (default: aspicv)")
@@ -143,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
         "results", _results, "write docs/RESULTS.md: what the kept runs score, and what each choice was worth"
     )
     told.add_argument(
-        "competition", nargs="?", metavar="COMP", help="of docs/ablations.yaml (default: whatever it is of)"
+        "competition",
+        nargs="?",
+        metavar="COMP",
+        help="the competition that docs/ablations.yaml must be of (default: any)",
     )
     leaked = command("leaks", _leaks, "show which images of a data set are copies of a competition's")
     leaked.add_argument("competition", metavar="COMP", help="what is scored, e.g. aspicv")

@@ -446,8 +446,8 @@ toy, 3 folds: 4 runs, scored on 60 images
  p          McNemar's test (mid-p) on the same images, near-duplicates counted
             once; corrected for how many are compared (Holm); told apart below
             0.05
- TTA        gain of test-time augmentation; predictions without it are not kept,
-            so that its error is not known
+ TTA        gain of test-time augmentation, with its paired standard error where
+            the run's record tells it
 
  left out  half: is not complete: 0 of 3 units
 

@@ -498,12 +498,14 @@ def _row(run: Run, metric: Metric, error: float, told: float | None, behind: Dif
 
 
 def _tta_gain(run: Run, metric: Metric) -> float | None:
-    """What test-time augmentation adds.
+    """What test-time augmentation adds, as the record tells it or, for older ones, as it follows from the scores.
 
     `score_without_tta` is the mean over units, so that it is set against the mean over the same units, never against
     the score of averaged seeds: that would credit the views with what averaging adds.
     """
     info = run.info
+    if told := info.get("tta_gain"):
+        return float(told["gain"])
     without = info.get("score_without_tta")
     if without is None or info["tta"] in ([], ["identity"]):
         return None

@@ -182,7 +182,7 @@ def _lines(group: Group) -> list[tuple[str, str]]:
             ("p", f"{_test_of(group.metric)}; corrected for how many are compared (Holm); told apart below {ALPHA}")
         )
     if any(row.tta_gain is not None for row in group.rows):
-        text = "gain of test-time augmentation; predictions without it are not kept, so that its error is not known"
+        text = "gain of test-time augmentation, with its paired standard error where the run's record tells it"
         lines.append(("TTA", text))
     return lines
 

@@ -174,6 +174,7 @@
         about: "Holm-corrected over all runs of the table",
       },
       { title: "Marks", value: (run) => run.marks.join(" ") || null, show: (run) => tags(run.marks) },
+      { title: "Data", style: "tight", value: (run) => run.track },
       { title: "Folds", number: true, value: (run) => run.folds },
       {
         title: "Seeds",
@@ -201,7 +202,6 @@
         show: (run) => (run.parameters === null ? "\u2013" : size(run.parameters)),
       },
       { title: "Wall time", number: true, value: (run) => run.wall_s, show: (run) => duration(run.wall_s) },
-      { title: "Data", style: "tight", value: (run) => run.track },
       { title: "Device", style: "tight", value: (run) => run.device || null },
     ];
     const made = table(columns, group.runs, { sortable: true, caption: `Runs of ${group.title}`, sorted: 0 });
