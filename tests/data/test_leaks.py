@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from leak_recall import BEYOND, PROMISED
 
 from foldwise.data.competition import load_dataset
-from foldwise.data.leaks import THRESHOLD, Likeness, likeness, nearest_copies
+from foldwise.data.folds import Folds
+from foldwise.data.leaks import THRESHOLD, Likeness, _banded, _gray, _grids, _on_grid, likeness, nearest_copies
 from foldwise.data.stacked import Selected, Stacked
 
 REPO = Path(__file__).resolve().parents[2]
@@ -111,6 +112,20 @@ def test_neither_blocks_nor_order_matter(block, order):
     np.testing.assert_allclose(similarity, ALONE[1][order], atol=1e-6)
 
 
+def test_a_copy_is_found_behind_one_that_is_likelier_by_the_grid():
+    original = textures(1, 11)
+    copy = np.roll(original, (2, -2), (1, 2))
+    # The same twelve by twelve cells, with other detail inside them.
+    cells = original[0, :, :, 0].reshape(12, 4, 12, 4).mean((1, 3))
+    detail = np.tile(np.array([[60, -60], [-60, 60]]), (24, 24))
+    decoy = np.clip(np.kron(cells, np.ones((4, 4))) + detail, 0, 255).astype(np.uint8)[None, :, :, None]
+    likeliest = _on_grid(_banded(_gray(original)), list(_grids(_gray(np.concatenate([decoy, copy])))))[1]
+    assert likeliest[0].tolist() == [0, 1]
+    partner, similarity = nearest_copies(original, np.concatenate([decoy, copy]))
+    assert partner.tolist() == [1]
+    assert similarity[0] > 0.95
+
+
 def test_copies_are_counted_from_the_threshold_up():
     values = np.array([-0.2, 0.8499, 0.85, 0.8999, 0.9, 0.95, 0.98, 1.0], np.float32)
     ids = np.array([f"i{row}" for row in range(len(values))])
@@ -159,6 +174,20 @@ def test_what_was_found_is_kept_until_either_side_changes(sets, tmp_path):
         likeness(elsewhere, demo, tmp_path, say=said.append)
         assert path.read_text() == whole
     assert len(said) == 8
+
+
+def test_near_duplicates_in_a_source_are_copies_together(sets, tmp_path):
+    elsewhere, demo = sets
+    apart = likeness(elsewhere, demo, tmp_path / "apart")
+    group = [f"g{row}" if row > 2 else "g0" for row in range(20)]  # a texture joins the copies of two images
+    group[15] = "g0"
+    folds = Folds(elsewhere.ids, np.zeros(20, np.int64), np.array(group))
+    together = likeness(replace(elsewhere, folds=folds), demo, tmp_path / "together")
+    assert not apart.copies[15]
+    assert together.copies[15]
+    assert len({(together.nearest[row], together.similarity[row]) for row in (0, 1, 2, 15)}) == 1
+    others = [row for row in range(20) if row not in (0, 1, 2, 15)]
+    np.testing.assert_array_equal(together.similarity[others], apart.similarity[others])
 
 
 def test_the_kept_table_names_partners_by_id(sets, tmp_path):

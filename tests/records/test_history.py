@@ -183,6 +183,13 @@ def test_the_newest_strict_one_is_the_one_that_is_copied(tmp_path):
         "no submission of `toy` is of competition data only, or the newest is not what was written\n"
         "  fix: take it back with git, make submit COMP=toy TRACK=strict, or name one by OF="
     )
+    told = (
+        "the newest of competition data only is not what was written, or its folder is gone: take it back with git, "
+        "or make submit COMP=toy TRACK=strict"
+    )
+    assert told in history_lines(read_history(tmp_path, "toy"))
+    copy.unlink()
+    assert told not in history_lines(read_history(tmp_path, "toy"))
 
 
 def test_no_external_one_is_the_newest_strict_one(tmp_path):
@@ -191,7 +198,7 @@ def test_no_external_one_is_the_newest_strict_one(tmp_path):
     assert history.newest_strict is None
     with pytest.raises(FoldwiseError, match="no submission of `toy` is of competition data only"):
         history.find("strict")
-    assert not any(line.startswith("s ") for line in history_lines(history))
+    assert not any(line.startswith(("s ", "the newest of")) for line in history_lines(history))
 
 
 @pytest.mark.parametrize(("metric", "better"), [("accuracy", 0.6), ("log_loss", 0.4)])

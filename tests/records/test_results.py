@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from foldwise.errors import FoldwiseError, RecordError, SpecError
+from foldwise.metrics import METRICS
 from foldwise.records.compare import compare
 from foldwise.records.results import CHOICES, PAGE, results, write_results
 from foldwise.records.store import RunFolder
@@ -65,7 +66,7 @@ def keep_right(project, name, right):
         project.complete(folder, [(fold, 42) for fold in range(3)])
 
 
-def submit(project, day, *, external=(), method="stack", score=0.5, right=6, tried=None):
+def submit(project, day, *, external=(), method="stack", score=0.5, right=6, tried=None, copy="blend.json", **changes):
     content = "id,label\n" + "".join(f"{index},angry\n" for index in project.test_ids)
     digest = hashlib.sha256(content.encode()).hexdigest()
     told = {
@@ -83,19 +84,19 @@ def submit(project, day, *, external=(), method="stack", score=0.5, right=6, tri
         "submission_sha256": digest,
         "marks": [],
         "external": list(external),
-    }
+    } | changes
     path = project.root / "submissions" / f"202503{day:02d}-120000-{digest[:8]}"
     path.mkdir(parents=True)
-    for place in (path, path.parent):
-        (place / "submission.csv").write_text(content)
-        (place / "blend.json").write_text(json.dumps(told))
+    (path / "submission.csv").write_text(content)
+    for place in (path / "blend.json", path.parent / copy):
+        place.write_text(json.dumps(told))
     return path
 
 
 def tables(text):
     """Each markdown table as a list of rows, a dict each."""
     found = []
-    for block in text.split("\n\n"):
+    for block in text.replace("\u00a0", " ").split("\n\n"):
         if block.startswith("|"):
             header, rule, *rows = (
                 [cell.strip() for cell in line.replace("\\|", "\0")[1:-1].split("|")] for line in block.splitlines()
@@ -166,7 +167,7 @@ def test_views_blends_and_pairs_are_corrected_together_and_stay_in_order(project
     assert corrected[0] > p_values[0]
     shown = ["below 0.001" if p < 0.001 else f"{p:.3f}" for p in corrected]
     assert [row["p"] for row in (first, second, third)] == shown
-    assert tables(page.text)[1][0]["Gain by TTA"] == "-0.0300 +- 0.0100"
+    assert tables(page.text)[1][0]["Gain by TTA"] == f"{group.rows[0].tta_gain:+.4f} +- 0.0100"
     assert first["Difference"] == "-0.0300 +- 0.0100"
     assert first["95 % interval"] == f"{-0.03 - Z95 * 0.01:+.4f} to {-0.03 + Z95 * 0.01:+.4f}"
     assert (first["Without"], first["With"]) == ("`strong`, the image alone", "`strong`, the mean of 2 views")
@@ -186,7 +187,7 @@ def test_what_differs_is_from_the_specs(project):
     mixed, again, other = (row["What differs"] for row in choices_of(results(project.root).text))
     assert mixed == "`mix.mixup_alpha: (absent) -> 0.4`"
     assert again == "nothing"
-    assert other.endswith("`train.k4: (absent) -> 4`; 3 more")
+    assert other.endswith("`train.k4: (absent) -> 4`; and `train.k5`, `train.k6`, `train.k7`")
 
 
 # Which runs and submissions -------------------------------------------------------------------------------------------
@@ -203,20 +204,69 @@ def test_runs_stand_by_track_with_what_they_build_on(project):
     describe(project, "")
     page = results(project.root)
     assert page.text.index("### With external data") < page.text.index("### Competition data only")
-    (lent,), own = tables(page.text)[:2]
+    (lent,), (lent_made,), own, own_made = tables(page.text)
     assert lent["Run"] == "`lent`"
-    assert lent["Builds on"] == (
-        "starts from `pre`; taught by `own`; external faces (by run:pre), more (26,123 images)"
-    )
+    assert lent["Builds on"] == ("starts from `pre`; taught by `own`; external faces, more (26,123 images)")
+    assert lent_made["Command"] == "`make exp EXP=lent`"
     assert lent["Image"] == "80 px"
-    by_name = {row["Run"]: row for row in own}
+    assert [row["Run"] for row in own] == [row["Run"] for row in own_made]
+    by_name = {row["Run"]: row | made for row, made in zip(own, own_made, strict=True)}
     assert by_name["`own`"]["Trained on"] == "Intel Xeon, 2 threads, bf16"
     assert by_name["`own`"]["Parameters"] == "11.2 M"
     assert by_name["`own`"]["Command"] == "`make exp EXP=own`"
     record = json.loads((project.root / "oof" / "own" / "run.json").read_text())
-    assert by_name["`own`"]["accuracy"] == f"{record['score']:.4f} +- {record['standard_error']:.4f}"
+    assert by_name["`own`"]["Accuracy"] == f"{record['score']:.4f} +- {record['standard_error']:.4f}"
     assert by_name["`pretrained`"]["Builds on"] == "pretrained weights"
     assert "None is listed in docs/ablations.yaml yet." in page.text
+    assert page.text.count("the leak guard") == 1
+    assert "([the leak guard](EXTERNAL.md)). Not told by the records of `lent`." in page.text
+    best = page.text.index(" is the best of all 3 runs of both tracks on the images that score it.")
+    assert page.text.index("## Runs") < best < page.text.index("### With external data")
+
+
+def test_one_track_is_not_both(project):
+    project.keep("strong", skill=3)
+    project.keep("weak", skill=0.3, salt=1)
+    describe(project, "")
+    text = results(project.root).text
+    assert "`strong` is the best of all 2 runs on the images that score it." in text
+    assert "leak guard" not in text
+
+
+def test_a_figure_and_its_error_stay_on_one_line(project):
+    project.keep("strong", skill=3)
+    project.keep("weak", skill=0.3, salt=1)
+    describe(project, "  - {choice: c, without: strong, with: weak}\n")
+    submit(project, 1)
+    text = results(project.root).text.replace("`+-` is one standard error", "")
+    assert " +- " not in text
+    assert "| 0.5000\u00a0+-\u00a00.0123 | 0.4800\u00a0to\u00a00.5200 | 6\u00a0+-\u00a03 |" in text
+
+
+def test_a_run_without_a_score_tells_what_it_was_kept_clear_of(project):
+    dropped = {"faces": {"images": 28929, "dropped": 3757}, "more": {"images": 5, "dropped": 1}}
+    guard = {"clear_of": {"toy": {"dropped": dropped}, "small": {"dropped": {"more": {"dropped": 1}}}}}
+    for name, clear_of, info in (("pre", ["toy", "small"], {"leak_guard": guard}), ("all", [], {})):
+        path = project.root / "oof" / name
+        context = project.context(competition="faces", split={"kind": "full"})
+        spec = {"name": name, "seeds": [42], "clear_of": clear_of}
+        with RunFolder.open(path, spec=spec, spec_yaml=json.dumps(spec), context=context) as folder:
+            none = {"val_ids": project.ids[:0], "val_labels": project.labels[:0], "val_probs": np.empty((0, 3), "f4")}
+            folder.save_unit(replace(project.unit(0), **none))
+            folds = replace(project.folds, fold=np.full(60, -1))
+            told = {"command": "make exp"} | info
+            folder.complete([(0, 42)], folds=folds, labels=project.labels, metric=METRICS["accuracy"], info=told)
+        keep_spec(project, f"from_{name}", {"model": {"weights": f"run:{name}"}}, salt=len(clear_of))
+    describe(project, "")
+    apart = tables(results(project.root).text)[-2]
+    assert {row["Run"]: row["Scored on"] for row in apart} == {
+        "`all`": "nothing held out",
+        "`pre`": "nothing held out; without 3,758 copies of toy's images, 1 copy of small's images",
+    }
+    describe(project, "  - {choice: c, without: from_pre, with: pre}\n")
+    told = refused(project)
+    assert "the run `pre` has no score: nothing was held out\n" in told
+    assert told.endswith("  fix: name a run that was scored\n1 error; nothing was written.")
 
 
 def test_runs_of_other_competitions_are_those_that_are_built_on_or_held_out(project):
@@ -232,7 +282,7 @@ def test_runs_of_other_competitions_are_those_that_are_built_on_or_held_out(proj
     describe(project, "")
     text = results(project.root).text
     assert "### Scored apart" in text
-    main, apart = tables(text)
+    main, _, apart, _ = tables(text)
     assert [row["Run"] for row in main] == ["`own`"]
     assert sorted(row["Run"] for row in apart) == ["`apart`", "`grand`", "`pre`", "`second`"]
     by_name = {row["Run"]: row for row in apart}
@@ -256,16 +306,88 @@ benchmark: {name: "the other one", right: 7, of: 12}
     best = {"method": "best", "gain": 0.0, "gain_standard_error": 0.0}
     submit(project, 3, score=0.45, right=6, tried=[best, {"method": "stack", "gain": 0.3, "gain_standard_error": 0.1}])
     newest = submit(project, 4, external=["faces"], score=0.6, right=9, tried=[best, stack])
-    text = results(project.root).text
+    text = results(project.root).text.replace("\u00a0", " ")
     first, second = tables(text)[0]
     assert [first["Track"], second["Track"]] == ["with external data", "competition data only"]
     assert (first["Estimate"], second["Estimate"]) == ("0.6000 +- 0.0123", "0.4500 +- 0.0123")
     assert first["95 % interval"] == "0.5800 to 0.6200"
     assert (first["Expected right of 12"], first["Kept in"]) == ("9 +- 3", f"`submissions/{newest.name}`")
     assert (first["More than 7 right"], second["More than 7 right"]) == ("about 84 %", "about 16 %")
-    assert first["Command"] == "`make submit COMP=toy`"
+    assert "Command" not in first
     assert "To be beaten: the other one, 7 of 12 test images right, 0.5833 +- 0.1423." in text
     assert [row["Difference"] for row in choices_of(text)] == ["+0.2000 +- 0.0200", "+0.3000 +- 0.1000"]
+
+
+TRIED = [
+    {"method": "best", "score": 0.5, "standard_error": 0.01, "gain": 0.0, "gain_standard_error": 0.0},
+    {"method": "mean", "score": 0.48, "standard_error": 0.01, "gain": -0.02, "gain_standard_error": 0.02},
+    {"method": "stack", "score": 0.51, "standard_error": 0.01, "gain": 0.01, "gain_standard_error": 0.02},
+]
+
+
+def test_the_strict_submission_is_the_one_that_is_copied(project):
+    project.keep("strong", skill=3)
+    describe(project, "  - {choice: b, blend: best}\n  - {choice: s, blend: strict}\n")
+    kept = submit(project, 1, copy="strict.json", score=0.41)
+    submit(project, 2, score=0.42)
+    newest = submit(project, 3, external=["faces"], score=0.6)
+
+    def told():
+        text = results(project.root).text
+        return [row["Kept in"].strip("`").removeprefix("submissions/") for row in tables(text)[0]]
+
+    assert told() == [newest.name, kept.name], "not the latest of competition data only"
+    ad_hoc = submit(project, 4, score=0.3, tried=TRIED)
+    assert told() == [ad_hoc.name, kept.name], "runs that were named are not the strict blend"
+    best, strict = choices_of(results(project.root).text)
+    assert (best["Difference"], strict["Difference"]) == ("+0.0100 +- 0.0200", "+0.1000 +- 0.0400")
+    (kept.parent / "blend.json").write_bytes((kept / "blend.json").read_bytes())
+    assert told() == [kept.name]
+    (kept.parent / "strict.json").write_text('{"competition": "toy"}')
+    with pytest.raises(FoldwiseError, match="no submission of `toy` is of competition data only, or the newest is not"):
+        results(project.root)
+
+
+def test_there_is_no_strict_choice_of_a_submission_with_external_data(project):
+    project.keep("strong", skill=3)
+    describe(project, "  - {choice: s, blend: strict}\n")
+    submit(project, 1, external=["faces"])
+    assert "there is no submission of competition data only\n" in refused(project)
+
+
+def test_each_submission_tells_the_command_that_makes_it_of_the_runs_that_are_there(project):
+    project.keep("strong", skill=3)
+    project.keep("weak", skill=0.3, salt=1)
+    project.keep("lent", skill=2, salt=2, info={"external": ["faces"]})
+    describe(project, "")
+
+    def commands():
+        block = results(project.root).text.split("```")[1]
+        return [line.split("  # ") for line in block.strip().splitlines()]
+
+    own = submit(project, 1, copy="strict.json", considered=["strong", "weak"])
+    lent = submit(project, 2, external=["faces"], considered=["lent", "strong", "weak"])
+    assert commands() == [["make submit COMP=toy", f"{lent.name}, {own.name}"]]
+    forced = submit(project, 3, considered=["strong", "weak"], tried=TRIED[2:], prior={"kind": "test"})
+    assert commands()[0] == ["make submit COMP=toy METHOD=stack PRIOR=test", forced.name]
+    project.keep("later", salt=3)
+    assert commands() == [
+        ["make submit COMP=toy RUNS=strong,weak METHOD=stack PRIOR=test", forced.name],
+        ["make submit COMP=toy RUNS=strong,weak TRACK=strict", own.name],
+    ]
+    one = submit(project, 4, considered=["weak"], tried=[], method="single")
+    assert commands()[0] == ["make submit COMP=toy RUNS=weak", one.name]
+
+
+def test_of_a_best_run_that_was_taken_the_strongest_blend_is_told(project):
+    project.keep("strong", skill=3)
+    describe(project, "  - {choice: blending, blend: best}\n")
+    submit(project, 1, method="best", tried=TRIED, considered=["strong", "weak", "other"])
+    (row,) = choices_of(results(project.root).text)
+    assert (row["Without"], row["With"]) == ("the best run alone", "stack of 3 runs, not taken")
+    assert (row["Difference"], row["Verdict"]) == ("+0.0100 +- 0.0200", "not told apart")
+    submit(project, 2, method="best", tried=TRIED[:1])
+    assert "  fix: make submit, without METHOD\n" in refused(project)
 
 
 def test_a_page_without_a_submission(project):
@@ -300,7 +422,7 @@ def test_the_page_is_written_whole_and_again_to_the_byte(project):
     written = (project.root / PAGE).read_bytes()
     assert written.decode() == results(project.root).text
     assert str(project.root) not in written.decode()
-    assert written.decode().isascii()
+    assert written.decode().replace("\u00a0", " ").isascii()
     # What is only begun is no part of the page.
     shutil.rmtree(project.root / "oof" / "begun")
     write_results(project.root)
@@ -396,7 +518,7 @@ docs/ablations.yaml:12:31: `choices.8.blend` must be one of best, strict, but go
 docs/ablations.yaml:13:31: the submission {submission} does not tell what its blend gains over its best run
    13 |   - {choice: blending, blend: strict}
       |                               ^^^^^^
-  fix: make submit, with two runs or more
+  fix: leave the choice out until two runs of the track are kept
 docs/ablations.yaml:14:5: a choice is told by two runs, one run or a blend, but this has none of these
    14 |   - {choice: nothing}
       |     ^^^^^^^^^^^^^^^^^

@@ -5,10 +5,12 @@ The gain between them is computed again from the members' files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +269,63 @@ def test_both_are_written_or_none(project, runs, monkeypatch):
     calls.clear()
     fits = 8
     assert list(write(project, tracks)) == [BEST, STRICT]
+
+
+@pytest.mark.parametrize("failing", range(8))
+def test_a_failure_between_renames_leaves_no_description_of_another_submission(project, runs, monkeypatch, failing):
+    write(project, blended(project, runs, methods=("best",)))
+    folder = project.root / "submissions"
+    before = contents(folder)
+    tracks, whole, calls = blended(project, with_external(runs, "x")), Path.replace, []
+
+    def broken(path, target):
+        calls.append(target)
+        if len(calls) > failing:
+            raise OSError(5, "Input/output error")
+        return whole(path, target)
+
+    monkeypatch.setattr(Path, "replace", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(project, tracks)
+    monkeypatch.undo()
+    after = contents(folder)
+    names = dict([STRICT[::-1], BEST[::-1]])
+    described = [name for name in after if name.endswith(".json")]
+    for name in described:
+        place, _, own = name.rpartition("/")
+        submission = f"{place}/{names[own]}".lstrip("/")
+        digest = hashlib.sha256(after[submission]).hexdigest()
+        assert json.loads(after[name])["submission_sha256"] == digest, name
+    assert {name: after[name] for name in before if "/" in name} == {n: before[n] for n in before if "/" in n}
+    if failing < 4:
+        assert {name: after[name] for name in (*BEST, "strict.csv")} == {n: before[n] for n in (*BEST, "strict.csv")}
+    assert not [name for name in after if name.endswith(".tmp")]
+    written = write(project, tracks)
+    assert (folder / "strict.json").read_bytes() == (written[STRICT] / "blend.json").read_bytes()
+
+
+def test_a_folder_where_a_copy_belongs_takes_no_kept_description(project, runs):
+    tracks = blended(project, with_external(runs, "x"))
+    written = write(project, tracks)
+    folder = project.root / "submissions"
+    (folder / "strict.csv").unlink()
+    (folder / "strict.csv").mkdir()
+    before = contents(folder)
+    with pytest.raises(IsADirectoryError):
+        write(project, tracks)
+    after = contents(folder)
+    assert before.keys() - after.keys() == {"strict.json"}
+    assert after.items() <= before.items()
+    assert read_history(project.root, "toy").find().path == written[BEST]
+
+
+def test_what_is_there_to_the_byte_is_not_touched(project, runs):
+    tracks = blended(project, with_external(runs, "x"))
+    write(project, tracks)
+    files = [path for path in (project.root / "submissions").rglob("*") if path.is_file()]
+    before = {path: path.stat().st_ino for path in files}
+    write(project, tracks)
+    assert {path: path.stat().st_ino for path in files} == before
 
 
 def test_the_same_predictions_of_two_blends_have_a_folder_each(project, runs):

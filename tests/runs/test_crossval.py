@@ -371,6 +371,20 @@ def test_a_head_of_the_same_classes_in_another_order_is_kept(tmp_path: Path) -> 
     assert np.abs(lost.val_probs - same.val_probs).max() > 0.01
 
 
+def test_a_layer_of_another_shape_is_not_put_in_order(tmp_path: Path) -> None:
+    """Only the last layer is of classes: of a head that is deeper, a hidden layer may go by the same name."""
+    table = make_table(dataset())
+    spec = spec_of().model_copy(update={"model": spec_of().model.model_copy(update={"weights": "run:other"})})
+    run(table, tmp_path / "made", units=((0, 42),))
+    weights = safetensors.torch.load_file(tmp_path / "made" / "fold0" / "seed42" / "weights.safetensors")
+    hidden = weights | {"head.weight": torch.full((8, 24), 9.0), "head.bias": torch.full((8,), 9.0)}
+    order = {"start_classes": [CLASSES[index] for index in (2, 0, 1)]}
+    body = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+    (given,), _ = run(table, tmp_path / "given", spec, units=((0, 42),), start_weights=lambda _f, _s: hidden, **order)
+    (anew,), _ = run(table, tmp_path / "anew", spec, units=((0, 42),), start_weights=lambda _f, _s: body)
+    np.testing.assert_array_equal(given.val_probs, anew.val_probs)
+
+
 def test_weights_of_another_network_are_refused_and_another_head_is_made_anew(tmp_path: Path) -> None:
     table = make_table(dataset())
     spec = spec_of().model_copy(update={"model": spec_of().model.model_copy(update={"weights": "run:other"})})

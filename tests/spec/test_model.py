@@ -80,6 +80,15 @@ def test_the_least_spec_is_valid_frozen_and_whole_when_resolved() -> None:
         ({"clear_of": ["../up"]}, "expected names of folders under inputs/, but got '../up'"),
         ({"clear_of": ["x", "x"]}, "expected distinct competitions, but got \\['x', 'x'\\]"),
         ({"clear_of": ["b"]}, "`clear_of` names the competition itself: 'b'"),
+        (
+            {"clear_of": ["x"], "external": [{"source": "x"}]},
+            "`external` and `clear_of` both name 'x': train on its images, or keep clear of them",
+        ),
+        (
+            {"clear_of": ["x"], "train": {"epochs": 2, "keep": "best", "watch": "scored"}},
+            "`clear_of` does not go with `train.watch: scored`: scored images may be copies, and their labels would "
+            "choose the weights",
+        ),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:

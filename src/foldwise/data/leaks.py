@@ -27,7 +27,7 @@ from foldwise.files import atomic_write, sha256_json
 THRESHOLD = 0.85
 """Similarity from which on two images are copies of one picture; docs/EXTERNAL.md shows what lies on both sides."""
 
-VERSION = 1
+VERSION = 2
 """Of the measure: runs that were cleaned by another one are no longer vouched for."""
 
 # Every image is compared as a gray one of this side, px, whatever its own size.
@@ -36,8 +36,8 @@ _SIDE = 48
 _FINE_SIGMA, _COARSE_SIGMA = 0.8, 5.0
 # All pairs are compared by a grid of so many cells a side, at these zooms and shifts (px), mirrored or not.
 _CELLS, _GRID_ZOOMS, _SHIFTS = 12, (0.88, 1.0, 1.14), (-3, 0, 3)
-# The likeliest partner is then compared px by px: its middle, at these zooms, wherever it lies in the image.
-_CORE, _ZOOMS = 36, (0.84, 0.92, 1.0, 1.09, 1.19)
+# The likeliest partners are then compared px by px: the middle, at these zooms, wherever it lies in the image.
+_PARTNERS, _CORE, _ZOOMS = 5, 36, (0.84, 0.92, 1.0, 1.09, 1.19)
 # A pair that is less similar on the grid is no copy, and is compared no further: no copy was ever below 0.66.
 _WORTH_A_LOOK = 0.64
 
@@ -85,13 +85,15 @@ def likeness(
 ) -> Likeness:
     """Compare a data set with a competition; kept below the data set's cache for as long as neither changes.
 
+    Near-duplicates in the data set are one picture, as its folds have them: all are as similar as the most similar one.
+
     Args:
         images: The data set from elsewhere.
         competition: The competition, training and test images alike.
         root: The project's root.
         say: Takes a line before images are compared, which can take a while.
     """
-    key = sha256_json([VERSION, images.sha256, competition.sha256])[:16]
+    key = sha256_json([VERSION, images.sha256, images.folds.sha256, competition.sha256])[:16]
     path = competition_folder(root, images.competition.name) / "cache" / f"likeness-{key}.csv"
     if (kept := _read(path, images)) is not None:
         return kept
@@ -100,9 +102,22 @@ def likeness(
         f"{competition.competition.name}, once"
     )
     rows, similarity = nearest_copies(images.images, competition.images)
+    rows, similarity = _of_groups(images, rows, similarity)
     found = Likeness(images.ids, competition.ids[rows], similarity)
     _write(path, found)
     return found
+
+
+def _of_groups(
+    images: Dataset, rows: npt.NDArray[np.int64], similarity: Floats
+) -> tuple[npt.NDArray[np.int64], Floats]:
+    """The nearest image and its similarity, those of the most similar image of each group of near-duplicates."""
+    group_of = dict(zip(images.folds.ids.tolist(), images.folds.group.tolist(), strict=True))
+    _, group = np.unique([group_of.get(image, image) for image in images.ids.tolist()], return_inverse=True)
+    first = np.zeros(group.max() + 1, dtype=np.int64)
+    order = np.argsort(similarity, kind="stable")
+    first[group[order]] = order  # the highest last
+    return rows[first[group]], similarity[first[group]]
 
 
 def nearest_copies(images: Images, others: Images, *, block: int = 2048) -> tuple[npt.NDArray[np.int64], Floats]:
@@ -112,8 +127,8 @@ def nearest_copies(images: Images, others: Images, *, block: int = 2048) -> tupl
     the other, at its highest over mirroring, zooms of 0.84 to 1.19 and all shifts of up to an eighth of a side. In
     the band between fine noise and broad shading two photographs of faces resemble each other least.
 
-    Memory grows with `block` and M, time with N times M: the million images that N may be take M = 3,000 some ten
-    minutes on two cores. A constant image is like nothing: 0.
+    Memory grows with `block` and M, time with N times M: the million images that N may be take M = 3,000 some
+    twenty minutes on two cores. A constant image is like nothing: 0.
 
     Args:
         images: (N, H, W, C) uint8, 0-255, C 1 or 3 (RGB); may be memory-mapped.
@@ -127,22 +142,32 @@ def nearest_copies(images: Images, others: Images, *, block: int = 2048) -> tupl
     similarity = np.zeros(len(images), dtype=np.float32)
     pictures = _gray(others)
     grids = list(_grids(pictures))
+    found_rows, found_partners = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start in range(0, len(images), block):
-        here = slice(start, start + block)
-        similarity[here], partner[here] = _on_grid(_banded(_gray(images[here])), grids)
-
-    def align(rows: npt.NDArray[np.int64]) -> None:
-        other = _cut(pictures[partner[rows[0]]])
-        for row in rows.tolist():
-            mine = _cut(_gray(images[row : row + 1])[0])
-            similarity[row] = max(_aligned(mine, other), _aligned(other, mine))
-
-    close = np.flatnonzero(similarity >= _WORTH_A_LOOK)
-    close = close[np.argsort(partner[close], kind="stable")]
+        rows = np.arange(start, min(start + block, len(images)))
+        values, likeliest = _on_grid(_banded(_gray(images[start : start + block])), grids)
+        partner[rows], similarity[rows] = likeliest[:, 0], values[:, 0]
+        image, place = np.nonzero(values >= _WORTH_A_LOOK)
+        found_rows.append(rows[image])
+        found_partners.append(likeliest[image, place])
+    row_of, partner_of = np.concatenate(found_rows), np.concatenate(found_partners)
     # All images of one partner together: its cuts are made once, and are gone before the next one's.
-    of_partner = np.split(close, np.flatnonzero(np.diff(partner[close])) + 1) if len(close) else []
+    order = np.argsort(partner_of, kind="stable")
+    row_of, partner_of = row_of[order], partner_of[order]
+    aligned = np.empty(len(row_of), dtype=np.float32)
+
+    def align(pairs: npt.NDArray[np.int64]) -> None:
+        other = _cut(pictures[partner_of[pairs[0]]])
+        for pair in pairs.tolist():
+            mine = _cut(_gray(images[row_of[pair] : row_of[pair] + 1])[0])
+            aligned[pair] = max(_aligned(mine, other), _aligned(other, mine))
+
+    of_partner = np.split(np.arange(len(row_of)), np.flatnonzero(np.diff(partner_of)) + 1)
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        list(threads.map(align, of_partner))
+        list(threads.map(align, (pairs for pairs in of_partner if len(pairs))))
+    similarity[row_of] = -1
+    for pair in np.argsort(aligned, kind="stable").tolist():  # the highest last
+        partner[row_of[pair]], similarity[row_of[pair]] = partner_of[pair], aligned[pair]
     return partner, similarity
 
 
@@ -205,17 +230,16 @@ def _cells(banded: Floats) -> Floats:
 
 
 def _on_grid(banded: Floats, grids: list[Floats]) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """The highest correlation of each image with any of the others, and whose that is."""
+    """The highest correlations of each image with the others, (n, partners) in falling order, and whose they are."""
     cells = _cells(banded)
-    best = np.full(len(cells), -np.inf, dtype=np.float32)
-    rows = np.zeros(len(cells), dtype=np.int64)
-    for grid in grids:
-        correlation = cells @ grid.T
-        here = correlation.argmax(axis=1)
-        value = correlation[np.arange(len(cells)), here]
-        better = value > best
-        best[better], rows[better] = value[better], here[better]
-    return best, rows
+    best = cells @ grids[0].T
+    for grid in grids[1:]:
+        np.maximum(best, cells @ grid.T, out=best)
+    count = min(_PARTNERS, best.shape[1])
+    rows = np.argpartition(best, best.shape[1] - count, axis=1)[:, -count:]
+    values = np.take_along_axis(best, rows, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    return np.take_along_axis(values, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def _cut(picture: Floats) -> _Cut:

@@ -534,6 +534,12 @@ def history_lines(history: History) -> list[str]:
         if submission is not None:
             marks = f"; marked {', '.join(submission.marks)}" if submission.marks else ""
             lines.append(f"    {submission.blended}; {submission.track}{marks}")
+    if history.newest_strict is None and any(one.track == OWN_TRACK for one in history.submissions):
+        lines += [
+            "",
+            f"the newest of {OWN_TRACK} is not what was written, or its folder is gone: take it back with git, "
+            f"or make submit COMP={history.competition} TRACK=strict",
+        ]
     return [*lines, "", *_drift_lines(history)]
 
 

@@ -31,12 +31,16 @@ from foldwise.spec.yaml import Document, Loc, check, did_you_mean, dotted, in_or
 from foldwise.stats import Z95, bootstrap, holm, interval, mcnemar, normal_p
 
 PAGE, CHOICES = "docs/RESULTS.md", "docs/ablations.yaml"
-# Keys of a spec that two runs differ in: what a cell of the table shows.
+# Keys of a spec that two runs differ in: those that a cell tells the values of; the others are named.
 _KEYS_SHOWN = 5
 # What a choice is told by, besides its name and a note: two runs, the views of one run, or a submitted blend.
 _KINDS = (("without", "with"), ("run",), ("blend",))
 _KEYS = ("choice", *(key for keys in _KINDS for key in keys), "note")
 _BLENDS = ("best", "strict")
+# As `compare` says it of runs of the competition itself.
+_UNSCORED = "has no score: nothing was held out"
+# Keeps a figure and its error on one line of a narrow column.
+_NO_BREAK = "\u00a0"
 _DEVICE = re.compile(r"(?P<kind>\w+)\S* \((?P<name>.*)\), (?P<threads>\d+) threads, (?P<precision>\S+)")
 
 
@@ -116,7 +120,7 @@ def results(root: Path, competition: str | None = None) -> Results:
         SpecError: If `docs/ablations.yaml` is missing, or cannot be read as YAML.
         RecordError: With every fault of `docs/ablations.yaml`, each at its line; or if there is no complete run.
         DataError: If a `folds.csv` or `competition.yaml` cannot be read.
-        FoldwiseError: If the newest submission is not what was written.
+        FoldwiseError: If the newest submission, or the newest of competition data only, is not what was written.
     """
     document = read_yaml(root / CHOICES)
     asked, faults = check(document, Ablations)
@@ -133,6 +137,7 @@ def results(root: Path, competition: str | None = None) -> Results:
     submitted = _submitted(history)
     groups = [*((name, group) for group in comparison.groups), *apart]
     reasons = dict(line.split(": ", 1) for line in (*comparison.left_out, *left_out))
+    reasons |= {run.name: _UNSCORED for run in unscored}
     choices = _Choices(root, document, groups, reasons, submitted)
     read = [choices.read(("choices", index), line) for index, line in listed.items()]
     faults += [fault for one in read if not isinstance(one, _Choice) for fault in one]
@@ -248,12 +253,14 @@ def _sources(spec: Mapping[str, Any]) -> list[str]:
 
 
 def _submitted(history: History) -> list[Submission]:
-    """The newest submission, and the latest of the other track; none where nothing was submitted."""
+    """The newest submission, and the newest of competition data only, last; none where nothing was submitted."""
     if not history.submissions and not history.left_out:
         return []
     newest = history.find()
-    other = next((one for one in history.submissions if one.track != newest.track), None)
-    return [newest] if other is None else [newest, other]
+    if all(one.track != OWN_TRACK for one in history.submissions):
+        return [newest]
+    strict = history.find("strict")
+    return [newest] if strict is newest else [newest, strict]
 
 
 def _blends(group: Group, folds: Folds) -> bool:
@@ -357,6 +364,8 @@ class _Choices:
             return []
         if name in self._reasons:
             what, fix = f"the run `{name}` {self._reasons[name]}", f"make exp EXP={name}, or leave the choice out"
+            if self._reasons[name] == _UNSCORED:
+                fix = "name a run that was scored"
         else:
             what = f"there is no complete run `{name}`"
             fix = did_you_mean(name, self._there) or f"make exp EXP={name}, or leave the choice out"
@@ -414,19 +423,26 @@ class _Choices:
 
     def _blend(self, loc: Loc, line: Mapping[str, str]) -> _Choice | list[Fault]:
         strict = line["blend"] == "strict"
-        found = [one for one in self._submitted if not strict or one.track == OWN_TRACK]
-        if not found:
+        submission = self._submitted[-1 if strict else 0] if self._submitted else None
+        if submission is None or (strict and submission.track != OWN_TRACK):
             kind = f" of {OWN_TRACK}" if strict else ""
             return [self._document.fault((*loc, "blend"), f"there is no submission{kind}", "make submit")]
-        submission = found[0]
-        record = json.loads((submission.path / "blend.json").read_bytes())
+        record = _record(submission)
         tried = {trial["method"]: trial for trial in record.get("tried", [])}
-        if "best" not in tried or submission.method not in tried:
+        blends = [trial for method, trial in tried.items() if method != "best"]
+        if "best" not in tried or submission.method not in tried or not blends:
             what = f"the submission {submission.name} does not tell what its blend gains over its best run"
-            return [self._document.fault((*loc, "blend"), what, "make submit, with two runs or more")]
-        trial = tried[submission.method]
+            fix = "make submit, without METHOD"
+            if submission.method == "single":
+                fix = "leave the choice out until two runs of the track are kept"
+            return [self._document.fault((*loc, "blend"), what, fix)]
+        trial, chosen = tried[submission.method], submission.blended
+        if submission.method == "best":
+            # Against itself the best run gains nothing: what a blend would have been worth is the news.
+            trial = max(blends, key=lambda trial: trial["gain"])
+            chosen = f"{trial['method']} of {len(record['considered'])} runs, not taken"
         effect = _by_normal(trial["gain"], trial["gain_standard_error"])
-        return _Choice(line["choice"], "the best run alone", submission.blended, effect, "-", line.get("note", ""))
+        return _Choice(line["choice"], "the best run alone", chosen, effect, "-", line.get("note", ""))
 
 
 def _by_normal(gain: float, error: float) -> _Effect:
@@ -436,9 +452,10 @@ def _by_normal(gain: float, error: float) -> _Effect:
 def _changed(without: Row, chosen: Row) -> str:
     """What the second spec has otherwise than the first, so that one sees whether it is the choice alone."""
     before, after = (with_defaults(row.spec) | {"name": "", "tune": None} for row in (without, chosen))
-    keys = differences(before, after)
-    more = [f"{len(keys) - _KEYS_SHOWN} more"] if len(keys) > _KEYS_SHOWN else []
-    return "; ".join([*(f"`{line}`" for line in keys[:_KEYS_SHOWN]), *more]) or "nothing"
+    lines = differences(before, after)
+    others = ", ".join(f"`{line.partition(': ')[0]}`" for line in lines[_KEYS_SHOWN:])
+    shown = [f"`{line}`" for line in lines[:_KEYS_SHOWN]]
+    return "; ".join([*shown, *([f"and {others}"] if others else [])]) or "nothing"
 
 
 def _benchmark_faults(document: Document, benchmark: Benchmark | None, submitted: Sequence[Submission]) -> list[Fault]:
@@ -482,18 +499,23 @@ def _opening(asked: Ablations, main: Group | None, submitted: Sequence[Submissio
     if benchmark is not None:
         header.append(f"More than {benchmark.right} right")
     marked = any(one.marks for one in submitted)
-    header += [*(["Marks"] if marked else []), "Kept in", "Command"]
+    header += [*(["Marks"] if marked else []), "Kept in"]
     rows = []
     for one in submitted:
-        ends = "-" if one.interval is None else f"{one.interval[0]:.4f} to {one.interval[1]:.4f}"
-        expected = "-" if one.expected is None else f"{one.expected[0]} +- {one.expected[1]}"
+        ends = "-" if one.interval is None else _unbroken(f"{one.interval[0]:.4f} to {one.interval[1]:.4f}")
+        expected = "-" if one.expected is None else _unbroken(f"{one.expected[0]} +- {one.expected[1]}")
         cells = [one.track, one.blended, _plus_minus(one.score, one.standard_error), ends, expected]
         if benchmark is not None:
             cells.append(_chance(one, benchmark.right))
         if marked:
             cells.append(", ".join(one.marks) or "-")
-        rows.append([*cells, f"`submissions/{one.name}`", f"`make submit COMP={name}`"])
+        rows.append([*cells, f"`submissions/{one.name}`"])
     parts.append(_table(header, rows))
+    made = dict[str, list[str]]()
+    for index, one in enumerate(submitted):
+        made.setdefault(_command(one, main, strict_copy=index > 0), []).append(one.name)
+    code = [f"{command}  # {', '.join(names)}" for command, names in made.items()]
+    parts.append("\n".join(["```", *code, "```"]))
     parts.append(
         "Estimates of blends are cross-fitted: members, weights and method are chosen without the fold that they are "
         "scored on. They are conditional on the trained models, and suppose test images drawn like the labelled ones."
@@ -509,6 +531,28 @@ def _opening(asked: Ablations, main: Group | None, submitted: Sequence[Submissio
     return parts
 
 
+def _record(submission: Submission) -> dict[str, Any]:
+    """What its `blend.json` holds, which `read_history` has read before."""
+    record: dict[str, Any] = json.loads((submission.path / "blend.json").read_bytes())
+    return record
+
+
+def _command(submission: Submission, main: Group | None, *, strict_copy: bool) -> str:
+    """What makes a submission of the runs that are there now; without RUNS it is made of all of its track."""
+    record = _record(submission)
+    rows = () if main is None else main.rows
+    considered = record.get("considered", [name for name, _ in submission.members])
+    of_track = {row.name for row in rows if submission.track == EXTERNAL_TRACK or row.track == OWN_TRACK}
+    asked = [] if set(considered) == of_track else [f"RUNS={','.join(considered)}"]
+    if len(considered) > 1 and len(record.get("tried", [])) < 2:
+        asked.append(f"METHOD={submission.method}")
+    prior = (record.get("prior") or {}).get("kind", "none")
+    asked += [f"PRIOR={prior}"] if prior != "none" else []
+    # What was asked for belongs to this one alone; named runs would otherwise be written as the best.
+    asked += ["TRACK=strict"] if asked and strict_copy else []
+    return " ".join(["make submit", f"COMP={submission.competition}", *asked])
+
+
 def _chance(submission: Submission, right: int) -> str:
     """How likely more than `right` images are right, by the expected count and the interval around it."""
     if submission.expected is None:
@@ -519,38 +563,50 @@ def _chance(submission: Submission, right: int) -> str:
 
 
 def _runs(group: Group) -> list[str]:
-    """A table a track, the best run first."""
-    parts = []
-    header = ["Run", group.metric, "Gain by TTA", "Parameters", "Image", "Seeds", "Builds on", "Marks"]
-    header += ["Wall time", "Trained on", "Command"]
-    for track in (EXTERNAL_TRACK, OWN_TRACK):
-        if rows := [row for row in group.rows if row.track == track]:
-            parts += [f"### {track[0].upper()}{track[1:]}", _table(header, [_run_cells(row) for row in rows])]
-    best = group.best
+    """What the best run scores, and two tables a track, the best run first."""
+    tracks = {track: [row for row in group.rows if row.track == track] for track in (EXTERNAL_TRACK, OWN_TRACK)}
+    parts, best = list[str](), group.best
     if best is not None:
+        of = f"all {best.chosen_among} runs" + (" of both tracks" if all(tracks.values()) else "")
+        ends = _unbroken(f"{best.low:.4f} to {best.high:.4f}")
         parts.append(
-            f"`{group.rows[0].name}` is the best of {best.chosen_among} on the images that score it. Corrected for "
-            f"that choice (BBC-CV): {_plus_minus(best.score, best.standard_error)}, 95 % interval {best.low:.4f} to "
-            f"{best.high:.4f}."
+            f"`{group.rows[0].name}` is the best of {of} on the images that score it. Corrected for "
+            f"that choice (BBC-CV): {_plus_minus(best.score, best.standard_error)}, 95 % interval {ends}."
         )
-    if any(row.tta_gain is not None and row.run.info.get("tta_gain") is None for row in group.rows):
+    if any(row.tta_gain is not None and row.tta_error is None for row in group.rows):
         parts.append("A gain by test-time augmentation (TTA) without `+-` is of a run whose record does not tell it.")
+    metric = group.metric.replace("_", " ")
+    header = ["Run", f"{metric[0].upper()}{metric[1:]}", "Gain by TTA", "Parameters", "Image", "Seeds", "Builds on"]
+    for track, rows in tracks.items():
+        if rows:
+            parts.append(f"### {track[0].upper()}{track[1:]}")
+            parts += [_guard_words(rows)] if track == EXTERNAL_TRACK else []
+            parts.append(_table([*header, "Marks"], [_run_cells(row) for row in rows]))
+            parts += _how_made([row.run for row in rows])
     return parts
 
 
+def _guard_words(rows: Sequence[Row]) -> str:
+    """What the leak guard did for runs with external data."""
+    words = (
+        "Images of other data sets that are copies of the competition's, labelled or test, are left out before "
+        "anything is trained ([the leak guard](EXTERNAL.md))."
+    )
+    untold = [f"`{row.name}`" for row in rows if not row.run.info.get("leak_guard")]
+    return f"{words} Not told by the records of {', '.join(untold)}." if untold else words
+
+
 def _run_cells(row: Row) -> list[str]:
-    told = row.run.info.get("tta_gain")
     gain = "-" if row.tta_gain is None else f"{row.tta_gain:+.4f}"
     return [
         f"`{row.name}`",
         _plus_minus(row.score, row.standard_error),
-        gain if told is None else f"{told['gain']:+.4f} +- {told['standard_error']:.4f}",
+        gain if row.tta_error is None else _unbroken(f"{gain} +- {row.tta_error:.4f}"),
         _millions(row.parameters),
         _image(row.spec),
         f"{row.seeds}" if row.seed_std is None else f"{row.seeds}, std {row.seed_std:.4f}",
         _builds_on(row.spec, row.run.info),
         ", ".join(row.marks) or "-",
-        *_made(row.run),
     ]
 
 
@@ -565,27 +621,41 @@ def _runs_apart(groups: Sequence[tuple[str, Group]], unscored: Sequence[Run]) ->
             _millions(row.parameters),
             _image(row.spec),
             _builds_on(row.spec, row.run.info),
-            *_made(row.run),
         ]
         for name, group in groups
         for row in group.rows
     ]
     for run in unscored:
         spec, info = _spec(run.path), run.info
-        cells = [f"`{run.name}`", f"`{info['competition']}`", "nothing: trained on all", "-"]
-        rows.append([*cells, _millions(info["parameters"]), _image(spec), _builds_on(spec, info), *_made(run)])
+        cells = [f"`{run.name}`", f"`{info['competition']}`", _held_out(spec, info), "-"]
+        rows.append([*cells, _millions(info["parameters"]), _image(spec), _builds_on(spec, info)])
     if not rows:
         return []
     header = ["Run", "Competition", "Scored on", "Score", "Parameters", "Image", "Builds on"]
-    return ["### Scored apart", _table([*header, "Wall time", "Trained on", "Command"], rows)]
+    runs = [*(row.run for _, group in groups for row in group.rows), *unscored]
+    return ["### Scored apart", _table(header, rows), *_how_made(runs)]
 
 
-def _made(run: Run) -> list[str]:
-    """Wall time, device and command."""
-    device = run.info["device"]
-    devices = device if isinstance(device, list) else [device or "-"]
-    shown = dict.fromkeys(_device(str(one)) for one in devices)
-    return [_duration(run.info["wall_s"]), "; ".join(shown), f"`{run.info['command'] or '-'}`"]
+def _held_out(spec: Mapping[str, Any], info: Mapping[str, Any]) -> str:
+    """What a run without a score was not trained on: copies of images that whoever builds on it is scored on."""
+    guarded = (info.get("leak_guard") or {}).get("clear_of", {})
+    told = []
+    for name in spec.get("clear_of") or []:
+        if name in guarded:
+            count = sum(of["dropped"] for of in guarded[name]["dropped"].values())
+            told.append(f"{count:,} {'copy' if count == 1 else 'copies'} of {name}'s images")
+    return "; without ".join(["nothing held out", *([", ".join(told)] if told else [])])
+
+
+def _how_made(runs: Sequence[Run]) -> list[str]:
+    """A table of wall times, devices and commands."""
+    rows = []
+    for run in runs:
+        device = run.info["device"]
+        devices = device if isinstance(device, list) else [device or "-"]
+        shown = "; ".join(dict.fromkeys(_device(str(one)) for one in devices))
+        rows.append([f"`{run.name}`", _duration(run.info["wall_s"]), shown, f"`{run.info['command'] or '-'}`"])
+    return ["How they were made:", _table(["Run", "Wall time", "Trained on", "Command"], rows)]
 
 
 def _device(text: str) -> str:
@@ -615,7 +685,14 @@ def _builds_on(spec: Mapping[str, Any], info: Mapping[str, Any]) -> str:
     taught = [name for name in _sources(spec) if weights != f"run:{name}"]
     if taught:
         parts.append(f"taught by {', '.join(f'`{name}`' for name in taught)}")
-    if external := external_words(info["external"]):
+    # What the start brought is told by it; then only the source is news.
+    entries = [
+        {key: value for key, value in entry.items() if key != "by"}
+        if isinstance(entry, dict) and entry.get("by") == weights
+        else entry
+        for entry in info["external"]
+    ]
+    if external := external_words(entries):
         parts.append(f"external {', '.join(external)}")
     return "; ".join(parts) or "-"
 
@@ -629,8 +706,8 @@ def _choices(lines: Sequence[_Choice], corrected: Sequence[float], verdicts: Seq
             line.name,
             line.without,
             line.chosen,
-            f"{line.effect.gain:+.4f} +- {line.effect.error:.4f}",
-            f"{line.effect.low:+.4f} to {line.effect.high:+.4f}",
+            _unbroken(f"{line.effect.gain:+.4f} +- {line.effect.error:.4f}"),
+            _unbroken(f"{line.effect.low:+.4f} to {line.effect.high:+.4f}"),
             "below 0.001" if p < 0.001 else f"{p:.3f}",
             verdict,
             line.changed,
@@ -657,11 +734,15 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return re.sub(r"[ \t\r\n]+", " ", text).strip(" ").replace("|", "\\|")
+
+
+def _unbroken(text: str) -> str:
+    return text.replace(" ", _NO_BREAK)
 
 
 def _plus_minus(value: float, error: float) -> str:
-    return f"{value:.4f} +- {error:.4f}"
+    return _unbroken(f"{value:.4f} +- {error:.4f}")
 
 
 def _millions(count: int | None) -> str:
@@ -669,10 +750,6 @@ def _millions(count: int | None) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 60
-        else f"{seconds / 60:.0f} min"
-        if seconds < 3600
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 60:
+        return _unbroken(f"{seconds:.0f} s")
+    return _unbroken(f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h")

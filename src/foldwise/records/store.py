@@ -643,7 +643,7 @@ def _plain(context: Context) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(asdict(context)))
     for name in ("teachers_sha256", "guard_sha256"):
         if plain[name] is None:
-            del plain[name]  # so that a run without teachers says what it said before there were any
+            del plain[name]  # so that a run without them says what it said before there were any
     return plain
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from difflib import get_close_matches
@@ -206,7 +206,11 @@ def _gain(first: Blend, second: Blend, run: Run, metric: Metric, groups: Mapping
 def write_submissions(
     folder: Path, tracks: Tracks, *, expected_ids: Sequence[str], id_column: str, label_column: str, now: datetime
 ) -> dict[tuple[str, str], Path]:
-    """Write blends' predictions to folders of their own, and over the newest copies: all of them, or none.
+    """Write blends' predictions to folders of their own, then over the newest copies.
+
+    All files are whole on disk before the first is renamed: a failure until then, a full disk say, changes nothing. One
+    between renames, such as a folder where a file belongs, may leave some places new and others as they were, but no
+    description beside a submission that it does not describe. What is there already to the byte is not touched.
 
     Args:
         folder: `submissions`; gets `<when>-<hash>/submission.csv` and `blend.json` for each blend, and copies of both
@@ -237,11 +241,11 @@ def write_submissions(
         # Renamed when all are whole, the last first: folders before copies, a submission before what describes it.
         with ExitStack() as stack:
             for place, (submission, described), new in places:
+                if new.is_at(place / submission, place / described):
+                    continue
                 stack.enter_context(atomic_path(place / described)).write_bytes(new.description.encode())
                 stack.enter_context(atomic_path(place / submission)).write_bytes(new.content)
-            for place, (_, described), _ in places:
-                # A description must never stand beside a submission that it does not describe.
-                (place / described).unlink(missing_ok=True)
+                stack.enter_context(_then_gone(place / described))
     except BaseException:
         for path in created:
             with suppress(OSError):
@@ -255,6 +259,18 @@ class _Kept:
     path: Path
     content: bytes
     description: str
+
+    def is_at(self, submission: Path, described: Path) -> bool:
+        """Whether these two files hold it already."""
+        there = submission.is_file() and described.is_file()
+        return there and (submission.read_bytes(), described.read_bytes()) == (self.content, self.description.encode())
+
+
+@contextmanager
+def _then_gone(path: Path) -> Iterator[None]:
+    """Take a file away on a clean exit, and only then."""
+    yield
+    path.unlink(missing_ok=True)
 
 
 def _own_folder(folder: Path, content: bytes, description: str, now: datetime, taken: Sequence[Path]) -> Path:

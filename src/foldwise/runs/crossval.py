@@ -440,10 +440,14 @@ def _start_from(
     if sorted(theirs) != sorted(ours):
         given = {name: tensor for name, tensor in given.items() if name not in head}
     elif list(theirs) != list(ours):
+        find: Any = getattr(model, "get_classifier", lambda: None)
+        if isinstance(find(), tuple):  # several heads, whose last layers go by many names
+            given = {name: tensor for name, tensor in given.items() if name not in head}
         last = [name for name in own if name in head][-1].rpartition(".")[0]
         order = torch.tensor([list(theirs).index(label) for label in ours])
         for name in (name for name in head if name.rpartition(".")[0] == last and name in given):
-            given[name] = given[name][order]
+            if given[name].shape == own[name].shape:
+                given[name] = given[name][order]
     fitting = {name: tensor for name, tensor in given.items() if name in own and own[name].shape == tensor.shape}
     missing = [name for name in own if name not in fitting and name not in head]
     if missing:

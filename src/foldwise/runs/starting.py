@@ -6,7 +6,7 @@ a run on another competition that was kept clear of all images of this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def _leaks(run: Run, data: Dataset) -> Iterator[Fault]:
         yield Fault(where, "is a smoke run", fix)
     elif info["competition"] != name:
         if (why := unclear(info, data)) is not None:
-            yield Fault(where, f"was trained on {info['competition']}, and {why}", _again(run, name))
+            yield Fault(where, f"was trained on {info['competition']}, and {why}", _again(run, [name]))
     elif info["hashes"]["folds"] != data.folds.sha256:
         what = "was trained on other folds, and so on labels that this experiment is scored on"
         yield Fault(where, what, f"start from a run of {name} on its present folds, from `pretrained`, or from `none`")
@@ -115,11 +115,15 @@ def _unclear(root: Path, run: Run, spec: ExperimentSpec) -> Iterator[Fault]:
     """An experiment is no clearer of a competition's images than what it starts from."""
     for name in spec.clear_of:
         if (why := unclear(run.info, load_dataset(root, name))) is not None:
-            fix = _again(run, name)
+            fix = _again(run, spec.clear_of)
             if run.info["competition"] == name:
                 fix = f"start from a run that never saw {name}, or take it out of `clear_of`"
             yield Fault(f"model.weights: run:{run.name}", why, fix)
 
 
-def _again(run: Run, name: str) -> str:
-    return f"write `clear_of: [{name}]` into experiments/{run.name}.yaml, and run it again with FRESH=1"
+def _again(run: Run, names: Sequence[str]) -> str:
+    told = (run.info["leak_guard"] or {}).get("clear_of", {})
+    if all(name in told for name in names):
+        return f"train it again: make exp EXP={run.name} FRESH=1"
+    wanted = ", ".join(dict.fromkeys([*told, *names]))
+    return f"write `clear_of: [{wanted}]` into experiments/{run.name}.yaml, and run it again with FRESH=1"

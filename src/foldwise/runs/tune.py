@@ -177,7 +177,7 @@ class _Tuner:
     ) -> None:
         self.root, self.spec, self.tune, self.options = root, spec, tune, options
         tuned_path(root, spec.name)  # refuses before anything is trained
-        self.plan = make_plan(root, spec)
+        self.plan = make_plan(root, spec, say=lambda text: screen.on(Message(text)))
         self.path = root / "oof" / spec.name / "tune"
         self.metric = self.plan.metric
         self.folds = self._fidelity_folds()
@@ -736,11 +736,14 @@ class _Tuner:
         spec = resolved(self.spec)
         spec.pop("name")  # that of the study
         tune = self.tune.model_dump(mode="json")
+        context = self.plan.context
+        origins = {"start": context.start_sha256, "teachers": context.teachers_sha256, "guard": context.guard_sha256}
         return {
             "spec": spec,
             "tune": {"space": tune["space"], "fidelity": tune["fidelity"]},
-            "folds": self.plan.context.folds_sha256,
-            "inputs": self.plan.context.inputs_sha256,
+            "folds": context.folds_sha256,
+            "inputs": context.inputs_sha256,
+            **{name: value for name, value in origins.items() if value is not None},
         }
 
     def _started(self) -> TuneStarted:

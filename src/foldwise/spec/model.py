@@ -444,6 +444,15 @@ class ExperimentSpec(Section):
             raise ValueError(f"`external` names the competition itself: {self.competition!r}")
         if self.competition in self.clear_of:
             raise ValueError(f"`clear_of` names the competition itself: {self.competition!r}")
+        if both := sorted({one.source for one in self.external} & set(self.clear_of)):
+            raise ValueError(
+                f"`external` and `clear_of` both name {both[0]!r}: train on its images, or keep clear of them"
+            )
+        if self.clear_of and self.watches and self.train.watch == "scored":
+            raise ValueError(
+                "`clear_of` does not go with `train.watch: scored`: scored images may be copies, and their labels "
+                "would choose the weights"
+            )
         if self.optim.layer_decay is not None and self.optim.backbone_lr_scale != 1.0:
             raise ValueError("`optim.layer_decay` and `optim.backbone_lr_scale` both set the backbone's rate: give one")
         if self.train.freeze_backbone_epochs >= self.train.epochs:
