@@ -405,12 +405,12 @@ def test_the_text(project):
 toy, 3 folds: 4 runs, scored on 60 images
 
  Scores
- run       accuracy          against the best             TTA  marks
- ----------------------------------------------------------------------
- tuned     0.8333 +- 0.0482  the best                 +0.2333  tuned
- first     0.8000 +- 0.0508  not told apart (p=0.66)        -  -
- late      0.5000 +- 0.0654  worse (p<0.001)                -  -
- far       0.1500 +- 0.0467  worse (p<0.001)                -  external
+ run       accuracy          against the best      TTA  marks
+ ---------------------------------------------------------------
+ tuned     0.8333 +- 0.0482  the best          +0.2333  tuned
+ first     0.8000 +- 0.0508  unclear (p=0.66)        -  -
+ late      0.5000 +- 0.0654  worse (p<0.001)         -  -
+ far       0.1500 +- 0.0467  worse (p<0.001)         -  external
 
  Is the difference real? Each run and the next
  run       next      ahead by          the first is

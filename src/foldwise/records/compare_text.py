@@ -95,7 +95,8 @@ def _score_table(group: Group) -> Table:
     for row in group.rows:
         cells = [row.name, _plus_minus(row.score, row.standard_error)]
         if several:
-            cells.append("the best" if row.told_from_best is None else _verdict("worse", row.told_from_best))
+            told = row.told_from_best
+            cells.append("the best" if told is None else _verdict("worse", told, "unclear"))
         if tested:
             info = row.run.info
             told = info.get("test_score") is not None
