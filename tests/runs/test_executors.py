@@ -35,6 +35,7 @@ from foldwise.runs.executors import (
     train,
     units_of,
 )
+from foldwise.runs.plan import make_plan
 
 PATIENCE_S = 120.0
 
@@ -69,6 +70,20 @@ def assert_same(units: dict[int, Unit], others: dict[int, Unit]) -> None:
         assert unit.info["threads"] == other.info["threads"]
         losses = [[row["train_loss"] for row in found.history] for found in (unit, other)]
         assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_worker_that_finds_other_data_than_the_run_began_with_trains_nothing(project: Any) -> None:
+    (job,) = jobs_of(project, "x", (0,), epochs=1)
+    context = make_plan(job.root, job.spec).context
+    assert train(replace(job, context_sha256=context.sha256), ignore).unit is not None
+    other = replace(context, guard_sha256="0" * 64)
+    outcome = train(replace(job, context_sha256=other.sha256), ignore)
+    assert outcome.unit is None
+    assert str(outcome.error) == (
+        "fold 0 was not trained: its data, its starting weights or its teachers are not those that the run began with\n"
+        "  fix: let all machines see the same files, and change none while a run goes on"
+    )
 
 
 def alive(pid: int) -> bool:

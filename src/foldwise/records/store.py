@@ -68,6 +68,11 @@ class Context:
     teachers_sha256: dict[str, str] | None = None
     guard_sha256: str | None = None
 
+    @property
+    def sha256(self) -> str:
+        """Of all of it."""
+        return sha256_json(asdict(self))
+
 
 @dataclass(frozen=True, eq=False)
 class Unit:

@@ -61,6 +61,7 @@ class Job:
         device: As `pick_runtime` takes it.
         split: Which split of folds.csv.
         smoke: Whether it is of a smoke run.
+        context_sha256: Of the context that the run began with, which the worker's must be; None for whatever is there.
     """
 
     root: Path
@@ -72,6 +73,7 @@ class Job:
     device: str | None = None
     split: int = 0
     smoke: bool = False
+    context_sha256: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +131,7 @@ def train(job: Job, emit: Emit) -> Outcome:
             raise StoppedError(f"fold {job.fold} was stopped after epoch {event.epoch}")
 
     try:
-        plan = _plan(job.root, job.spec, job.split, job.smoke)
+        plan = _plan(job)
         unit = train_unit(
             plan.spec,
             plan.table,
@@ -149,9 +151,23 @@ def train(job: Job, emit: Emit) -> Outcome:
     return Outcome(job, unit)
 
 
-def _plan(root: Path, spec: ExperimentSpec, split: int, smoke: bool) -> Plan:
-    """A worker's plan, kept from one unit to the next."""
-    return _plan_of(root, spec.model_dump_json(), split, smoke)
+def _plan(job: Job) -> Plan:
+    """A worker's plan, kept from one unit to the next for as long as it is that of the run.
+
+    Raises:
+        FoldwiseError: If what lies here is not what the run began with.
+    """
+    asked = job.root, job.spec.model_dump_json(), job.split, job.smoke
+    plan = _plan_of(*asked)
+    if job.context_sha256 not in (None, plan.context.sha256):
+        _plan_of.cache_clear()
+        plan = _plan_of(*asked)
+    if job.context_sha256 not in (None, plan.context.sha256):
+        raise FoldwiseError(
+            f"fold {job.fold} was not trained: its data, its starting weights or its teachers are not those that the "
+            "run began with\n  fix: let all machines see the same files, and change none while a run goes on"
+        )
+    return plan
 
 
 @lru_cache(maxsize=2)

@@ -128,6 +128,7 @@ def run_experiment(
                         options.device,
                         options.split,
                         options.smoke,
+                        plan.context.sha256,
                     )
                     for unit in wanted
                     if unit not in kept

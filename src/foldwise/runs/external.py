@@ -91,6 +91,10 @@ def guarded(
         clean = ~copies(data, others)
         kept = dict(zip(data.ids.tolist(), clean.tolist(), strict=True))
         barred = np.array([not kept[image] for image in table.ids.tolist()])
+        if barred[table.labels >= 0].all():
+            count, names = int((table.labels >= 0).sum()), ", ".join(spec.clear_of)
+            what = f"all {count} labelled images are copies of images of {names}"
+            raise RecordError([Fault("clear_of", what, "pretrain on other images")])
     joined, external = [table if barred is None else replace(table, barred=barred)], []
     for asked, source, index in zip(spec.external, sources, becomes, strict=True):
         part = _part(asked, source, index[source.labels], ~copies(source, [data, *others]))

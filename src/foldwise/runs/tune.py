@@ -307,7 +307,15 @@ class _Tuner:
                 (folder / STOP).unlink(missing_ok=True)
                 trial.under_way.add(unit)
                 self.by_folder[folder] = (trial, unit)
-                return Job(self.root, trial.plan.spec, *unit, folder, self.runtime.threads, self.options.device)
+                return Job(
+                    self.root,
+                    trial.plan.spec,
+                    *unit,
+                    folder,
+                    self.runtime.threads,
+                    self.options.device,
+                    context_sha256=trial.plan.context.sha256,
+                )
         return None
 
     def _open_next(self) -> _Trial | None:
