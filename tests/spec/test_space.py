@@ -387,7 +387,11 @@ def test_every_fault_of_a_space_is_told_at_once_and_at_its_place(project: Path) 
             "a key needs a value in the spec before it can be tuned; `augment.0.HorizontalFlip` holds: p",
         ),
         (["optim.lr.x: {low: 0, high: 1}"], "`optim.lr.x` is no key", "`optim.lr` is the number 0.001, which holds no"),
-        (["seeds: {choices: [[1], [42]]}"], "`seeds` cannot be tuned", "remove it; what can be: model, augment, "),
+        (
+            ["seeds: {choices: [[1], [42]]}"],
+            "`seeds` cannot be tuned",
+            "remove it; what can be: external, model, augment, ",
+        ),
         (["tune.trials: {low: 1, high: 2}"], "`tune.trials` cannot be tuned", ""),
         (
             ["mix: {choices: [{}, {mixup_alpha: 0.2, prob: 0.5}]}", "mix.prob: {low: 0, high: 1}"],

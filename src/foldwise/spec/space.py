@@ -293,7 +293,7 @@ def _arms(annotation: Any) -> Iterator[Any]:
 
 _SPACE = ("tune", "space")
 # They say what is compared with what: two trials that differ in them could not be.
-_FIXED = ("name", "competition", "seeds", "label_map", "tune", "tuned")
+_FIXED = ("name", "competition", "seeds", "label_map", "clear_of", "tune", "tuned")
 _FIRST = "the spec's own values are the first trial"
 # Optuna's grid lists all of its sets before the first trial.
 _LARGEST_GRID = 100_000
