@@ -156,7 +156,7 @@ def _training_table(group: Group) -> Table:
         words = external_words(row.run.info["external"])
         data = f"external: {', '.join(words)}" if words else "own"
         seeds = f"{row.seeds}" if row.seed_std is None else f"{row.seeds}, std {row.seed_std:.4f}"
-        table.add_row(*map(Text, (row.name, seeds, _millions(row.parameters), _duration(row.wall_s), data, row.device)))
+        table.add_row(*map(Text, (row.name, seeds, millions(row.parameters), duration(row.wall_s), data, row.device)))
     return table
 
 
@@ -231,11 +231,13 @@ def _plus_minus(value: float, error: float) -> str:
     return f"{value:.4f} +- {error:.4f}"
 
 
-def _millions(count: int | None) -> str:
+def millions(count: int | None) -> str:
+    """A number of parameters in short, `-` where it is not known."""
     return "-" if count is None else f"{count / 1e6:.2f} M" if count < 10_000_000 else f"{count / 1e6:.1f} M"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in the unit that fits: `50 s`, `36 min`, `2.6 h`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

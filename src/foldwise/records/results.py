@@ -23,6 +23,7 @@ from foldwise.errors import Fault, FoldwiseError, RecordError
 from foldwise.files import atomic_write
 from foldwise.metrics import METRICS
 from foldwise.records.compare import ALPHA, LEVEL, Comparison, Group, Row, compare
+from foldwise.records.compare_text import duration, millions
 from foldwise.records.history import EXTERNAL_TRACK, OWN_TRACK, History, Submission, read_history
 from foldwise.records.store import Run, external_words, load_run, rows_of
 from foldwise.spec.load import differences, with_defaults
@@ -602,7 +603,7 @@ def _run_cells(row: Row) -> list[str]:
         f"`{row.name}`",
         _plus_minus(row.score, row.standard_error),
         gain if row.tta_error is None else _unbroken(f"{gain} +- {row.tta_error:.4f}"),
-        _millions(row.parameters),
+        millions(row.parameters),
         _image(row.spec),
         f"{row.seeds}" if row.seed_std is None else f"{row.seeds}, std {row.seed_std:.4f}",
         _builds_on(row.spec, row.run.info),
@@ -618,7 +619,7 @@ def _runs_apart(groups: Sequence[tuple[str, Group]], unscored: Sequence[Run]) ->
             f"`{name}`",
             f"{group.title}: {group.n_scored:,} images",
             f"{group.metric} {_plus_minus(row.score, row.standard_error)}",
-            _millions(row.parameters),
+            millions(row.parameters),
             _image(row.spec),
             _builds_on(row.spec, row.run.info),
         ]
@@ -628,7 +629,7 @@ def _runs_apart(groups: Sequence[tuple[str, Group]], unscored: Sequence[Run]) ->
     for run in unscored:
         spec, info = _spec(run.path), run.info
         cells = [f"`{run.name}`", f"`{info['competition']}`", _held_out(spec, info), "-"]
-        rows.append([*cells, _millions(info["parameters"]), _image(spec), _builds_on(spec, info)])
+        rows.append([*cells, millions(info["parameters"]), _image(spec), _builds_on(spec, info)])
     if not rows:
         return []
     header = ["Run", "Competition", "Scored on", "Score", "Parameters", "Image", "Builds on"]
@@ -654,7 +655,9 @@ def _how_made(runs: Sequence[Run]) -> list[str]:
         device = run.info["device"]
         devices = device if isinstance(device, list) else [device or "-"]
         shown = "; ".join(dict.fromkeys(_device(str(one)) for one in devices))
-        rows.append([f"`{run.name}`", _duration(run.info["wall_s"]), shown, f"`{run.info['command'] or '-'}`"])
+        rows.append(
+            [f"`{run.name}`", _unbroken(duration(run.info["wall_s"])), shown, f"`{run.info['command'] or '-'}`"]
+        )
     return ["How they were made:", _table(["Run", "Wall time", "Trained on", "Command"], rows)]
 
 
@@ -743,13 +746,3 @@ def _unbroken(text: str) -> str:
 
 def _plus_minus(value: float, error: float) -> str:
     return _unbroken(f"{value:.4f} +- {error:.4f}")
-
-
-def _millions(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.2f} M" if count < 10_000_000 else f"{count / 1e6:.1f} M"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return _unbroken(f"{seconds:.0f} s")
-    return _unbroken(f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h")
