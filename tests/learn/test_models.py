@@ -35,6 +35,8 @@ from foldwise.spec.model import HeadSpec, ModelSpec
         ("cnn_3block", 10, 3, 403_911 + 3 * 129 + 2 * 64 * 9),
         ("cnn_3stage_cbam", 7, 1, 1_189_997),
         ("cnn_3stage_cbam", 10, 3, 1_189_997 + 3 * 129 + 2 * 64 * 9),
+        ("cnn_4stage", 7, 1, 2_639_479),
+        ("cnn_4stage", 10, 3, 2_639_479 + 3 * 385 + 2 * 48 * 9),
         ("resnet18", 4, 1, 11_172_292),
         ("vit_small_patch8_48", 7, 1, 3_776_023),
         ("vit_small_patch8_48", 10, 3, 3_776_023 + 3 * 193 + 2 * 48 * 9),
@@ -45,6 +47,20 @@ def test_own_networks_have_their_size_and_shape(arch: str, classes: int, channel
     assert model.training
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert model(torch.rand(2, channels, 48, 48)).shape == (2, classes)
+
+
+def test_a_residual_stage_adds_what_it_is_given_and_an_attentive_one_ends_in_cbam() -> None:
+    options = {"width": 32, "depth": 3, "residual": True, "attention": True}
+    model = build_model(ModelSpec(arch="cnn_4stage", options=options), classes=7, channels=1).eval()
+    stage = model.get_submodule("stages.1")
+    first, residual, pool, attention = stage
+    assert isinstance(attention, CBAM)
+    given = torch.randn(2, 32, 8, 8)
+    inner = first(given)
+    one, two = residual
+    torch.testing.assert_close(stage(given), attention(pool(inner + two(one(inner)))))
+    with pytest.raises(FoldwiseError, match="a stage needs 2 convolutions or more"):
+        build_model(ModelSpec(arch="cnn_4stage", options=options | {"depth": 1}), classes=7, channels=1)
 
 
 def test_attention_gates_channels_then_places_as_its_paper_says() -> None:

@@ -26,7 +26,7 @@ from foldwise.errors import FoldwiseError, HubError
 from foldwise.learn.device import Runtime
 from foldwise.spec.model import HeadSpec, ModelSpec
 
-OWN_ARCHS = ("cnn_3block", "cnn_3stage_cbam", "vit_small_patch8_48")
+OWN_ARCHS = ("cnn_3block", "cnn_3stage_cbam", "cnn_4stage", "vit_small_patch8_48")
 """Foldwise's own architectures; importing this module registers them with timm."""
 
 # Mean and standard deviation of ImageNet's RGB channels, for pixels in [0, 1].
@@ -140,6 +140,68 @@ class ThreeStageCBAM(nn.Module):
         return logits
 
 
+class FourStageCNN(nn.Module):
+    """Four stages of 3x3 convolutions and pooling, made for 48 px, then one linear layer; 2.6 M parameters as it comes.
+
+    Stages are `width`, 2, 4 and 8 times `width` channels wide and have `depth` convolutions each. Plain it is a small
+    VGG (Simonyan and Zisserman 2015); with `residual` the convolutions after a stage's first are added to what they
+    are given (He et al. 2016); with `attention` CBAM follows each pooling.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 7,
+        in_chans: int = 1,
+        drop_rate: float = 0.0,
+        width: int = 48,
+        depth: int = 2,
+        residual: bool = False,
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        if depth < 1 + residual:
+            raise ValueError(f"a stage needs {1 + residual} convolutions or more, but got {depth=}")
+        self.num_classes = num_classes
+        self.stages = nn.Sequential()
+        for inner, outer in pairwise((in_chans, width, 2 * width, 4 * width, 8 * width)):
+            later = [_conv_norm_relu(outer, outer) for _ in range(depth - 1)]
+            layers: list[nn.Module] = [_conv_norm_relu(inner, outer)]
+            layers += [Residual(*later)] if residual else later
+            layers.append(nn.MaxPool2d(2))
+            if attention:
+                layers.append(CBAM(outer))
+            self.stages.append(nn.Sequential(*layers))
+        self.dropout = nn.Dropout(drop_rate)
+        self.head = nn.Linear(8 * width, num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that is new for every set of classes."""
+        return self.head
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - timm's signature
+        """Layers from input to output, for layer-wise learning rates."""
+        return {"stem": r"^stages\.0", "blocks": r"^stages\.(\d+)"}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) float -> (B, classes) logits."""
+        features: Tensor = self.stages(images).mean(dim=(2, 3))
+        logits: Tensor = self.head(self.dropout(features))
+        return logits
+
+
+class Residual(nn.Sequential):
+    """Layers in a row, and what they are given added to what they give."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        added: Tensor = features + super().forward(features)
+        return added
+
+
+def _conv_norm_relu(inner: int, outer: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU())
+
+
 class ConvStem(nn.Module):
     """Patch embedding by three convolutions of stride 2, which lets a ViT learn from little data (Xiao et al. 2021)."""
 
@@ -179,6 +241,15 @@ def cnn_3stage_cbam(pretrained: bool = False, **options: Any) -> nn.Module:
     for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         options.pop(unused, None)
     return ThreeStageCBAM(**options)
+
+
+@register_model  # type: ignore[untyped-decorator]
+def cnn_4stage(pretrained: bool = False, **options: Any) -> nn.Module:
+    """`FourStageCNN`; has no pretrained weights."""
+    _refuse_pretrained("cnn_4stage", pretrained)
+    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        options.pop(unused, None)
+    return FourStageCNN(**options)
 
 
 @register_model  # type: ignore[untyped-decorator]
