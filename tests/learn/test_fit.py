@@ -137,6 +137,7 @@ WATCHED = {"evaluate": lambda model: {"inner_accuracy": figure(model)}, "watched
 RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd": {"optim": {"name": "sgd", "momentum": 0.9}, "schedule": {"name": "one_cycle"}},
+    "muon": {"optim": {"name": "nmuon", "momentum": 0.95}, "schedule": {"name": "one_cycle"}},
     "ema": {"train": {"ema_decay": 0.9}},
     "mixup": {"mixing": MixSpec(mixup_alpha=0.4, cutmix_alpha=1.0, off_epochs=1)},
     "accumulate": {"train": {"accumulate": 3}, "optim": {"clip_grad_norm": 0.1}},
