@@ -46,7 +46,7 @@ def test_other_weights_are_refused(resumable: Any) -> None:
         list(kept_models(run, RUNTIME))
     assert str(caught.value).splitlines()[:2] == [
         "oof/tiny: its weights are not on this machine: fold1/seed42",
-        "  fix: train it here: make exp EXP=tiny FRESH=1",
+        "  fix: fetch them: make weights FROM=<folder>, or train it here: make exp EXP=tiny FRESH=1",
     ]
 
 

@@ -112,7 +112,7 @@ def test_missing_weights_are_named_with_the_mend(resumable: Any) -> None:
         (resumable.path() / f"fold{fold}" / "seed42" / "weights.safetensors").unlink()
     assert refusal(resumable) == (
         "oof/tiny: its weights are not on this machine: fold1/seed42, fold3/seed42\n"
-        "  fix: train it here: make exp EXP=tiny FRESH=1\n"
+        "  fix: fetch them: make weights FROM=<folder>, or train it here: make exp EXP=tiny FRESH=1\n"
         "1 error; nothing was written."
     )
 

@@ -198,7 +198,7 @@ def test_runs_and_studies_are_found_and_those_under_way_left_alone(
         return "", True
 
     monkeypatch.setattr("foldwise.runs.sync._send", send)
-    monkeypatch.setattr("foldwise.runs.sync._environment", dict)
+    monkeypatch.setattr("foldwise.runs.sync.wandb_environment", dict)
     every = ("offline-run-1-x", "run-2-x", "offline-run-3-x")
     for folder in ("b", "a", "a/tune", ".smoke/a"):
         for piece in every:

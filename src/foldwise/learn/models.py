@@ -194,8 +194,10 @@ class Residual(nn.Sequential):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        added: Tensor = features + super().forward(features)
-        return added
+        given = features
+        for layer in self:
+            features = layer(features)
+        return given + features
 
 
 def _conv_norm_relu(inner: int, outer: int) -> nn.Sequential:

@@ -109,7 +109,7 @@ def weight_files(run: Run) -> dict[tuple[int, int], Path]:
     missing = [unit for unit, path in files.items() if not path.exists()]
     if missing or not files:
         what = f"its weights are not on this machine: {', '.join(missing) or 'none were kept'}"
-        raise RecordError([Fault(f"oof/{run.name}", what, _again(run))])
+        raise RecordError([Fault(f"oof/{run.name}", what, f"fetch them: make weights FROM=<folder>, or {_again(run)}")])
     named = {}
     for unit, path in files.items():
         fold, seed = unit.split("/")

@@ -73,7 +73,7 @@ def sync_runs(
     before = len(pieces) - len(unsent)
     sent = failed = 0
     if to_send:
-        environment = _environment()
+        environment = wandb_environment()
         for number, file in enumerate(to_send):
             where = file.parent.relative_to(root).as_posix()
             reason, answered = _send(file, environment, patience_s)
@@ -135,7 +135,7 @@ def _under_way(path: Path) -> bool:
     return False
 
 
-def _environment() -> Mapping[str, str]:
+def wandb_environment() -> Mapping[str, str]:
     """The environment for `wandb sync`, once there is a key and a server that answers."""
     if not has_api_key():
         raise FoldwiseError(
