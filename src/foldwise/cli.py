@@ -30,6 +30,8 @@ DEMO_EXPERIMENTS = ("demo_cnn", "demo_vit")
 # `ensemble.METHODS` and `calibration.PRIORS`, written out: no command waits for numpy to be parsed.
 BLENDS = ("best", "mean", "caruana", "logit_mean", "stack")
 CORRECTIONS = ("none", "train", "test")
+ENGINES = ("torch", "onnx")
+_MODEL = "a run, `best`, `strict`, or a submission's folder or hash"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,6 +211,66 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--private", action="store_true", help="make it a private one")
     publish.add_argument("--license", default="other", help="the hub's identifier, e.g. mit (default: other)")
     publish.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write the files there instead")
+
+    predicted = command("predict", _predict, "say what a kept run or a blend sees in pictures")
+    predicted.add_argument("model", metavar="RUN", help=_MODEL)
+    predicted.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders, or patterns like 'a/*.jpg'")
+    predicted.add_argument("--show-all", action="store_true", help="the probabilities of all classes")
+    predicted.add_argument("--json", action="store_true", help="print every figure as JSON")
+    predicted.add_argument("--faces", action="store_true", help="find faces, and answer for each")
+    predicted.add_argument(
+        "--fold", type=int, help="only this fold's models (default: all; of a training image those that never saw it)"
+    )
+    predicted.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
+    predicted.add_argument("--engine", choices=ENGINES, default="torch", help="what runs the models (default: torch)")
+
+    export = command("export", _export, "write a run or a blend as one ONNX or TorchScript file, and check that")
+    export.add_argument("name", metavar="RUN", help=_MODEL)
+    export.add_argument("--format", dest="kind", choices=("onnx", "torchscript"), default="onnx", help="default: onnx")
+    export.add_argument("--out", type=Path, help="the file (default: exports/<run>.onnx or .pt)")
+    export.add_argument("--fold", type=int, help="only the models of this fold (default: all, averaged)")
+    export.add_argument("--views", choices=("all", "identity"), default="all", help="identity: faster, another answer")
+    export.add_argument("--int8", action="store_true", help="8 bits a weight; says what that costs (ONNX alone)")
+    export.add_argument("--images", type=int, default=100, help="how many images to check it on (default: 100)")
+
+    served = command("serve", _serve, "answer for faces over HTTP: a page, a webcam mirror, JSON")
+    served.add_argument(
+        "runs", nargs="*", metavar="RUN", help=f"{_MODEL}; the default first (default: the best that is here)"
+    )
+    served.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
+    served.add_argument("--port", type=int, default=8000, help="0 for any free one (default: 8000)")
+    served.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
+    served.add_argument("--engine", choices=ENGINES, default="torch", help="what runs the models (default: torch)")
+    served.add_argument(
+        "--name",
+        dest="names",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a further name by which it may be reached, such as that of a proxy",
+    )
+    served.add_argument("--rate", type=float, help="requests a second of one address; 0: no limit (default: 50)")
+
+    mirrored = command("mirror", _mirror, "show a camera or a video with an emoji on each face")
+    mirrored.add_argument("name", nargs="?", metavar="RUN", help=f"{_MODEL} (default: the best that is here)")
+    mirrored.add_argument("--camera", type=int, default=0, metavar="N", help="which camera (default: 0)")
+    mirrored.add_argument("--source", type=Path, metavar="VIDEO", help="a video in place of the camera")
+    mirrored.add_argument("--write", type=Path, metavar="OUT", help="annotate --source into this .mp4 or .avi")
+    mirrored.add_argument(
+        "--snapshots", type=Path, default=Path("snapshots"), help="where the key s saves to (default: snapshots)"
+    )
+    mirrored.add_argument("--device", help="cpu, cuda, cuda:<n> or mps (default: $DEVICE, else the best there is)")
+
+    carried = command("weights", _weights, "carry weights between machines by their hash: push, pull or list them")
+    carried.add_argument("what", choices=("push", "pull", "list"))
+    carried.add_argument("runs", nargs="*", metavar="EXP", help="kept runs (default: all that have, or lack, weights)")
+    carried.add_argument("--to", metavar="PLACE", help="push: a folder, or wandb:<entity>/<project>")
+    carried.add_argument("--from", dest="source", metavar="PLACE", help="pull, list: likewise")
+
+    packed = command("kernel", _kernel, "pack a run or a blend into a folder that predicts with no network")
+    packed.add_argument("name", metavar="RUN", help=_MODEL)
+    packed.add_argument("--out", type=Path, metavar="FOLDER", help="default: build/kernel_<name>")
+    packed.add_argument("--wheels", action="store_true", help="download the packages too: several GB")
 
     demo = command("demo", _demo, "draw a demo competition, train two experiments on it, blend and score them")
     demo.add_argument("--fresh", action="store_true", help="begin anew")
@@ -528,6 +590,104 @@ def _publish(root: Path, options: argparse.Namespace) -> int:
         dry_run=options.dry_run,
     )
     _say(*render(published))
+    return 0
+
+
+def _predict(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.serve.ask import answer_lines, answers_json, ask, picture_files
+
+    files, faults = picture_files(options.pictures)
+    if files:
+        from foldwise.files import pretty_json
+        from foldwise.serve.predictor import Predictor
+
+        device = options.device or os.environ.get("DEVICE") or None
+        predictor = Predictor.load(options.model, root=root, device=device, engine=options.engine)
+        asked = ask(predictor, files, faces=options.faces, fold=options.fold, faults=faults)
+        if options.json:
+            _say(pretty_json(answers_json(asked)).rstrip())
+        elif asked.answers:
+            _say(*answer_lines(asked, show_all=options.show_all))
+        faults = list(asked.faults)
+    for fault in faults:
+        print(fault, file=sys.stderr)  # noqa: T201
+    return 2 if faults else 0
+
+
+def _export(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.serve.export import export, export_lines
+
+    exported = export(
+        root,
+        options.name,
+        kind=options.kind,
+        out=options.out,
+        fold=options.fold,
+        views=["identity"] if options.views == "identity" else None,
+        int8=options.int8,
+        count=options.images,
+    )
+    _say(*export_lines(exported, root))
+    return 0
+
+
+def _serve(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.serve.app import serve
+
+    return serve(
+        root,
+        options.runs,
+        host=options.host,
+        port=options.port,
+        device=options.device or os.environ.get("DEVICE") or None,
+        engine=options.engine,
+        public_names=options.names,
+        rate=options.rate,
+        say=_say,
+    )
+
+
+def _mirror(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.serve.mirror import mirror
+    from foldwise.serve.predictor import Predictor
+    from foldwise.serve.shelf import Catalogue
+
+    name = options.name or Catalogue(root).best().name
+    device = options.device or os.environ.get("DEVICE") or None
+    predictor = Predictor.load(name, root=root, device=device, batch_size=1)
+    _say(f"model     {predictor.name}, version {predictor.version}: {predictor.estimate}")
+    mirror(
+        predictor,
+        folds=predictor.folds,
+        camera=options.camera,
+        source=options.source,
+        write=options.write,
+        snapshots=options.snapshots,
+        say=_say,
+    )
+    return 0
+
+
+def _weights(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.runs.weights import pull_weights, push_weights, weights_lines
+
+    given = {"push": options.source is None and options.to, "pull": options.to is None and options.source}
+    if not given.get(options.what, options.to is None):
+        fix = "weights push --to <folder>, weights pull --from <folder>, or weights list [--from <folder>]"
+        raise FoldwiseError(f"weights {options.what}: --to goes with push, --from with pull and list\n  fix: {fix}")
+    if options.what == "push":
+        push_weights(root, options.runs, options.to, say=_say)
+    elif options.what == "pull":
+        pull_weights(root, options.runs, options.source, say=_say)
+    else:
+        _say(*weights_lines(root, options.runs, options.source))
+    return 0
+
+
+def _kernel(root: Path, options: argparse.Namespace) -> int:
+    from foldwise.serve.kernel import build_kernel, kernel_lines
+
+    _say(*kernel_lines(build_kernel(root, options.name, options.out, wheels=options.wheels, say=_say), root))
     return 0
 
 
