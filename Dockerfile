@@ -1,4 +1,4 @@
-# Foldwise in a container: `train` runs any command, `serve` answers over HTTP. docs/SERVING.md says how to use both.
+# Foldwise in a container: `train` runs commands, `serve` answers over HTTP. docs/SERVING.md says how to use both.
 #
 #   docker build --target serve -t foldwise:0.1.0-serve .                       # any CPU
 #   docker build --target serve -t foldwise:0.1.0-serve-gpu --build-arg TORCH_INDEX= .   # NVIDIA: torch of PyPI, with CUDA
@@ -75,7 +75,7 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     && install -d -m 1777 /cache \
     && install -d -o foldwise -g foldwise /work /work/inputs /work/oof /work/submissions
 WORKDIR /work
-COPY run.py ./
+COPY run.py requirements.lock ./
 COPY experiments experiments
 # What the server's page says of the models.
 COPY docs/MODEL_CARD.md docs/

@@ -428,7 +428,7 @@ def test_files_that_are_not_here_are_named_with_the_mend(writable: Any) -> None:
         "oof/tiny: its fold predictions are not on this machine: fold1/seed42, fold3/seed42\n"
         "  fix: train it here: make exp EXP=tiny FRESH=1\n"
         "oof/other: its weights are not on this machine: fold2/seed1\n"
-        "  fix: train it here: make exp EXP=other FRESH=1\n"
+        "  fix: fetch them: make weights FROM=<folder>, or train it here: make exp EXP=other FRESH=1\n"
         "2 errors; nothing was written."
     )
 

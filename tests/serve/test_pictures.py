@@ -55,6 +55,28 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
+def test_a_long_run_of_fill_bytes_is_walked_in_one_go() -> None:
+    # Quadratic, it would take a day.
+    refused(b"\xff\xd8" + b"\xff" * 4_000_000 + b"\x00", 422)
+    whole = saved(Image.fromarray(GRADIENT), "JPEG")
+    filled = whole[:2] + b"\xff" * 9 + whole[2:]
+    np.testing.assert_array_equal(read(filled), read(whole))
+
+
+def test_many_pictures_behind_one_another_are_walked_in_one_go() -> None:
+    first = saved(Image.fromarray(GRADIENT), "JPEG")
+    named = first[:2] + b"\xff\xe2\x00\x06MPF\x00" + first[2:]
+    tiny = b"\xff\xd8\xff\xc0\x00\x0b\x08\x00\x01\x00\x01\x01\x01\x11\x00\xff\xda\x00\x02\xff\xd9"
+    with suppress(PictureError):
+        read(named + tiny * 100_000)
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
+def test_a_line_of_pixels_is_refused_which_would_be_scaled_to_a_bomb(size: tuple[int, int]) -> None:
+    says = refused(saved(Image.new("L", size), "PNG"), 422)
+    assert says == f"has {size[0]:,} x {size[1]:,} pixels, which is too thin to be scaled"
+
+
 def bomb(side: int) -> bytes:
     """A PNG of `side` x `side` black pixels that is some kilobytes small."""
     packer = zlib.compressobj(9)

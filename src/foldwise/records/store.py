@@ -496,7 +496,7 @@ def read_units(run: Run) -> list[Unit]:
     Raises:
         RecordError: If they are not on this machine, or are not those of the run.
     """
-    again = f"train it here: make exp EXP={run.name} FRESH=1"
+    again = f"train it here: {train_again(run.name)}"
     vouched = {"spec": run.info["hashes"]["spec"], "context": sha256_json(_plain(_context_of(run.info)))}
     folds = np.unique(run.fold).tolist()
     names = {(fold, seed): f"fold{fold}/seed{seed}" for fold in folds for seed in run.info["seeds"]}
@@ -563,6 +563,14 @@ def shown(path: Path) -> str:
     """`path` from its `oof` folder on, or whole where it is in none."""
     parts = path.parts
     return "/".join(parts[parts.index("oof") :]) if "oof" in parts else str(path)
+
+
+def train_again(name: str) -> str:
+    """The command that trains a run anew, also one on a later split."""
+    experiment, _, split = name.rpartition(".split")
+    if experiment and split.isdecimal():
+        return f"make exp EXP={experiment} SPLIT={split} FRESH=1"
+    return f"make exp EXP={name} FRESH=1"
 
 
 def rows_of(ids: Ids, wanted: Ids) -> NDArray[np.intp]:

@@ -20,7 +20,7 @@ from foldwise.files import sha256_file
 from foldwise.learn.device import Runtime
 from foldwise.learn.models import ToInput, build_model, place
 from foldwise.learn.predict import View, parse_view, predict, predict_batch_size
-from foldwise.records.store import Run
+from foldwise.records.store import Run, train_again
 from foldwise.spec.model import ModelSpec
 
 
@@ -126,8 +126,8 @@ def verify_weights(run: Run, path: Path) -> None:
     unit = path.parent.relative_to(run.path).as_posix()
     if sha256_file(path) != run.info["weights"][unit]:
         what = "is not the file that run.json vouches for"
-        raise RecordError([Fault(f"oof/{run.name}/{unit}/{path.name}", what, f"make exp EXP={run.name} FRESH=1")])
+        raise RecordError([Fault(f"oof/{run.name}/{unit}/{path.name}", what, train_again(run.name))])
 
 
 def _again(run: Run) -> str:
-    return f"train it here: make exp EXP={run.name} FRESH=1"
+    return f"train it here: {train_again(run.name)}"

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from foldwise.errors import Fault, FoldwiseError, HubError, RecordError
 from foldwise.files import atomic_path, sha256_file, sha256_json
-from foldwise.records.store import shown
+from foldwise.records.store import shown, train_again
 from foldwise.runs.sync import wandb_environment
 from foldwise.spec.model import EXPERIMENT_NAME
 from foldwise.spec.yaml import did_you_mean
@@ -191,7 +191,7 @@ def pull_weights(root: Path, names: Sequence[str], source: str, *, say: Say) -> 
         before += sum(_verified(run, unit, path, faults) for unit, path in run.here.items())
         if not missing:
             if not run.units and names:
-                faults.append(Fault(shown(run.path), _NO_WEIGHTS, f"train it here: make exp EXP={run.name} FRESH=1"))
+                faults.append(Fault(shown(run.path), _NO_WEIGHTS, f"train it here: {train_again(run.name)}"))
             continue
         there = store.sizes(run)
         if absent := [unit for unit in missing if run.units[unit] not in there]:
@@ -483,14 +483,14 @@ def _verified(run: Vouched, unit: str, path: Path, faults: list[Fault]) -> bool:
     if sha256_file(path) == run.units[unit]:
         return True
     what = "is not the file that run.json vouches for, and was left alone"
-    fix = f"move it away and fetch the right one: make weights FROM=<folder>; or make exp EXP={run.name} FRESH=1"
+    fix = f"move it away and fetch the right one: make weights FROM=<folder>; or {train_again(run.name)}"
     faults.append(Fault(f"{shown(run.path)}/{unit}/{path.name}", what, fix))
     return False
 
 
 def _not_here(run: Vouched, missing: Sequence[str]) -> Fault:
     what = f"its weights are not on this machine: {', '.join(missing)}" if missing else _NO_WEIGHTS
-    fix = f"push from where it was trained, or train it here: make exp EXP={run.name} FRESH=1"
+    fix = f"push from where it was trained, or train it here: {train_again(run.name)}"
     return Fault(shown(run.path), what, fix)
 
 

@@ -61,6 +61,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
+    from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
     from foldwise.serve.backend import Backend, Queued, Settings, flat
     from foldwise.serve.guard import LOOPBACK, Guard, RefusalError, client_of, read_files, refusal
@@ -169,7 +170,9 @@ def create_app(
                 pixels = await backend.decoded(
                     raws[0],
                     "files[0]",
-                    lambda picture: served.predictor.prepare([picture], _boxes(asked.box, picture))[0],
+                    lambda picture: served.predictor.prepare(
+                        [picture], _boxes(asked.box, picture, settings.pictures.pixels)
+                    )[0],
                 )
                 png, label, whose = await backend.explained(served, pixels)
         return Response(png, media_type="image/png", headers={"x-label": quote(label), "x-model": whose})
@@ -278,14 +281,17 @@ def _looked(
     return (picture.shape[0], picture.shape[1]), faces or [None], list(pixels)
 
 
-def _boxes(text: str | None, picture: Pixels) -> list[list[Box]] | None:
-    """The box that was asked for, which must lie in the picture."""
+def _boxes(text: str | None, picture: Pixels, most: int) -> list[list[Box]] | None:
+    """The box that was asked for, which must lie in the picture, and whose square have at most so many pixels."""
     if text is None:
         return None
     left, top, width, height = map(int, text.split(","))
     if left + width > picture.shape[1] or top + height > picture.shape[0]:
         what = f"the box {text} is not within the picture of {picture.shape[1]} x {picture.shape[0]} pixels"
         raise RefusalError(422, what)
+    # A square of its longer side is cut, which goes beyond a thin picture.
+    if max(width, height) ** 2 > most:
+        raise RefusalError(422, f"the box {text} is too long; a face is about as wide as it is high")
     return [[Box(left, top, width, height, 1.0)]]
 
 
@@ -318,6 +324,9 @@ async def _mirror(backend: Backend, websocket: WebSocket, name: str | None) -> N
                     return
                 while (wait := backend.rate.wait(client, time.monotonic())) > 0:
                     await asyncio.sleep(wait)
+                if not backend.holds(served):
+                    await websocket.close(1001, "its model made room for another")
+                    return
                 await websocket.send_text(json.dumps(await _framed(backend, session, message)))
 
 
@@ -327,16 +336,16 @@ async def _framed(backend: Backend, session: Session, message: Message) -> dict[
     try:
         if raw is None:
             raise RefusalError(400, "a frame is a binary message")
-        async with asyncio.timeout(backend.settings.answer_s):
-            answer = await backend.framed(session, raw)
+        # Not timed here: that would leave its thread in the session, where the next frame begins another.
+        answer = await backend.framed(session, raw)
     except RefusalError as error:
         outcome, words, reason = "refused", error.status, error.reason
     except PictureError as error:
         outcome, words, reason = "refused", error.status, flat(error)
     except BusyError as error:
         outcome, words, reason, retry = "busy", 503, flat(error), error.retry_s
-    except TimeoutError:
-        outcome, words, reason, retry = "busy", 503, "the models are too busy", 2
+    except FoldwiseError as error:
+        outcome, words, reason = "failed", 500, flat(error)
     backend.metrics.frames.labels(outcome).inc()
     if outcome == "answered":
         return answer
@@ -424,12 +433,18 @@ def serve(
         def load(name: str) -> Predictor:
             return Predictor.load(name, root=root, device=device, engine=engine)
 
+        predictors = [load(name) for name in wanted]
+        given = {
+            predictor.name: Path(word)
+            for predictor, word in zip(predictors, wanted, strict=True)
+            if not (root / "oof" / word / "run.json").is_file() and (Path(word) / "run.json").is_file()
+        }
+
         def explainer(name: str) -> KeptModel:
-            run = load_run(root / "oof" / name)
+            run = load_run(given[name].resolve() if name in given else root / "oof" / name)
             first = min(weight_files(run))[0]
             return next(kept_models(run, run_runtime(run, device), folds=[first]))
 
-        predictors = [load(name) for name in wanted]
         backend = Backend(predictors, catalogue=catalogue, load=load, explainer=explainer, settings=settings)
         bound, open_to_all = _bound(listening)
         app = create_app(
@@ -446,8 +461,9 @@ def serve(
         say("stop      Ctrl-C")
         config = uvicorn.Config(
             app,
-            http=_protocol(),
-            ws="websockets-sansio",
+            http=_http(),
+            ws=_websockets(),
+            ws_ping_timeout=settings.answer_s,  # nothing is read while a frame is answered
             ws_max_size=_FRAME_BYTES,
             ws_max_queue=2,
             ws_per_message_deflate=False,
@@ -478,7 +494,18 @@ class _Stopped(uvicorn.Server):
                 signal.signal(each, handler)
 
 
-def _protocol() -> type[asyncio.Protocol]:
+def _websockets() -> type[asyncio.Protocol]:
+    class Impatient(WebSocketsSansIOProtocol):
+        """Cuts a client that leaves what it was sent unread: its mirror would be held for ever."""
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.transport.abort()
+
+    return Impatient
+
+
+def _http() -> type[asyncio.Protocol]:
     class Bounded(H11Protocol):
         """Cuts a connection whose request has no end to its head, and those beyond the limit."""
 

@@ -6,7 +6,7 @@ An image that the models were trained on is answered by those that never saw it,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def answer_lines(asked: Answers, *, show_all: bool = False) -> list[str]:
             lines.append(f"{'' if rank else name:<{width}}  {label:<{across}}  {prob:.2f}  {bar}".rstrip())
         lines += [f"{'':<{width}}  {note}" for note in _notes(asked.predictor, answer)]
     told = f"{asked.predictor.name}, version {asked.predictor.version}: {asked.predictor.estimate}"
-    return [*lines, "", told] if lines else [told]
+    return [*lines, "", told, *_doubts(asked.predictor)] if lines else [told]
 
 
 def answers_json(asked: Answers) -> dict[str, Any]:
@@ -186,6 +186,7 @@ def answers_json(asked: Answers) -> dict[str, Any]:
         "version": asked.predictor.version,
         "competition": asked.predictor.competition.name,
         "estimate": asdict(estimate) | {"text": str(estimate)},
+        "doubts": _doubts(asked.predictor),
         "answers": [
             {
                 "file": answer.file,
@@ -224,8 +225,22 @@ def _notes(predictor: Predictor, answer: Answer) -> list[str]:
     return notes
 
 
-def _matches(pattern: Path) -> Iterator[Path]:
-    return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+def _doubts(predictor: Predictor) -> list[str]:
+    """Why an answer may be about a picture that the models were trained on, unnoticed."""
+    doubts = []
+    if not predictor.knows_own:
+        name = predictor.competition.name
+        doubts.append(f"its training images are not recognised: {name} is not taken in here as the run saw it")
+    if predictor.external:
+        doubts.append(f"it was trained on {', '.join(predictor.external)} too, whose pictures are not recognised")
+    return doubts
+
+
+def _matches(pattern: Path) -> list[Path]:
+    try:
+        return list(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    except ValueError:  # such as a**.jpg, which means no file
+        return []
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

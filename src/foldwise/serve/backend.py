@@ -22,7 +22,7 @@ from foldwise.errors import FoldwiseError
 from foldwise.runs.kept import KeptModel
 from foldwise.serve.faces import Box
 from foldwise.serve.guard import RefusalError
-from foldwise.serve.limits import Batcher, Budget, Predicts, RateLimit
+from foldwise.serve.limits import Batcher, Budget, BusyError, Predicts, RateLimit
 from foldwise.serve.pictures import Limits, read_picture
 from foldwise.serve.predictor import Prediction, Predictor
 from foldwise.serve.shelf import Catalogue, Entry, Shelf
@@ -239,7 +239,7 @@ class Backend:
             BusyError: If too many images wait.
         """
         name = served.predictor.name
-        members = {entry.name: entry.members for entry in await self.entries()}[name]
+        members = next((entry.members for entry in await self.entries() if entry.name == name), ())
         run = members[0][0] if members else name
         model = await _in(self._loader, self._explainers.get, run)
 
@@ -273,8 +273,13 @@ class Backend:
         Raises:
             BusyError: If too many images wait.
         """
+        rows = await asyncio.wrap_future(self.batcher.predict(served.of(None), images))
         self.metrics.pictures.labels(served.predictor.name).inc(len(images))
-        return await asyncio.wrap_future(self.batcher.predict(served.of(None), images))
+        return rows
+
+    def holds(self, served: Served) -> bool:
+        """Whether it is still held, not gone to make room for another; it counts as asked for."""
+        return self._shelf.peek(served.predictor.name) is served
 
     async def framed(self, session: Session, raw: bytes) -> dict[str, Any]:
         """The answer to a mirror's frame, on a thread that may wait for the models."""
@@ -303,7 +308,13 @@ class Queued:
     ) -> Prediction:
         """See `Predictor.predict`; waits for its turn."""
         pixels = self._served.predictor.prepare(images, boxes)
-        probabilities = self._backend.batcher.predict(self._served.of(fold), list(pixels)).result()
+        future = self._backend.batcher.predict(self._served.of(fold), list(pixels))
+        try:
+            # The thread must end by itself: nobody else can end it, and its session has one frame at a time.
+            probabilities = future.result(self._backend.settings.answer_s)
+        except TimeoutError:
+            future.cancel()
+            raise BusyError("the models are too busy", 2) from None
         self._backend.metrics.pictures.labels(self._served.predictor.name).inc(len(pixels))
         return Prediction(np.array(self.classes)[probabilities.argmax(axis=1)], probabilities, self.classes)
 

@@ -159,6 +159,7 @@ class _Source:
         version, estimate = self.predictor.version, self.predictor.estimate
         if fold is not None or not self.as_kept or precision != "fp32":
             version = sha256_json([FORMAT, version, fold, [one["views"] for one in each], precision])[:12]
+        same = self.as_kept and precision == "fp32"  # else it is another model, whose score is not known
         external = [words for one in each for words in one["external"]]
         return {
             "name": self.predictor.name,
@@ -172,9 +173,9 @@ class _Source:
             "blend": self.blend,
             "estimate": {
                 "metric": estimate.metric,
-                "score": estimate.score,
-                "standard_error": estimate.standard_error,
-                "interval": estimate.interval,
+                "score": estimate.score if same else None,
+                "standard_error": estimate.standard_error if same else None,
+                "interval": estimate.interval if same else None,
             },
             "marks": list(estimate.marks),
             "external": list(dict.fromkeys(external)),
@@ -302,7 +303,9 @@ def export_lines(exported: Exported, root: Path) -> list[str]:
     ]
     if exported.record is not None:
         name, largest, agreed = exported.record
-        lines.append(f"{'record':<12} at most {largest:.1e} from {name} as it was kept, labels agree on {agreed}")
+        lines.append(
+            f"{'record':<12} at most {largest:.1e} from {name} as it was kept{before}, labels agree on {agreed}"
+        )
     if (costs := exported.quantised) is not None:
         lines += [f"{'' if index else 'int8':<12} {line}" for index, line in enumerate(_int8_lines(costs, told))]
     compared = ", ".join(f"{ratio:.1f} times PyTorch's in {precision}" for precision, ratio in exported.speeds.items())
@@ -367,11 +370,15 @@ def _runner(path: Path, kind: Kind) -> _Runner:
 
 def _calibration(source: _Source, fold: int | None) -> _Pixels:
     """Training images of the models of a fold, the same every time."""
-    first = source.runs[0]
-    ids = first.ids if fold is None else first.ids[first.fold != fold]
-    if not len(ids):
-        assert source.data is not None
-        ids = source.data.ids[source.data.labels >= 0]
+    first, data = source.runs[0], source.data
+    assert data is not None
+    folds = set(first.fold.tolist())
+    # Of a split with one fold nothing that is validated was trained on, by any model; nor a labelled test part.
+    held = folds if len(folds) == 1 else {fold}
+    unseen = {name for name, own in zip(first.ids.tolist(), first.fold.tolist(), strict=True) if own in held}
+    unseen |= set(first.test_ids.tolist())
+    labelled = data.ids[data.labels >= 0]
+    ids = labelled[[name not in unseen for name in labelled.tolist()]]
     chosen = np.random.default_rng(0).permutation(len(ids))[:_CALIBRATED]
     return source.pixels(ids[np.sort(chosen)].tolist())
 

@@ -125,7 +125,7 @@ class Guard:
             raise RefusalError(HTTPStatus.MISDIRECTED_REQUEST, reason)
         if scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin")
-            foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+            foreign = origin is not None and _netloc(origin) != host.lower()
             if foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
                 raise RefusalError(HTTPStatus.FORBIDDEN, "pages of other sites may not ask this server")
         if scope["path"] not in _FREE and (wait := self._rate.wait(client_of(scope), time.monotonic())):
@@ -174,11 +174,26 @@ def _is_address(name: str) -> bool:
     return True
 
 
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin in lower case; None where it is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
 class _InMemory(MultiPartParser):
     # Starlette writes a larger file to a temporary one; a picture does not go to disk.
     spool_max_size = 2**62
 
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], *, most_files: int) -> None:
+        super().__init__(headers, stream, max_files=math.inf)
+        self._parts, self._most = 0, most_files
+
     def on_headers_finished(self) -> None:
+        self._parts += 1
+        if self._parts > self._most:
+            raise RefusalError(422, f"a request holds at most {self._most} files")
         # A part without a file name would be decoded as text, which a picture does not survive.
         disposition = self._current_part.content_disposition
         if disposition is not None and b"filename" not in parse_options_header(disposition)[1]:
@@ -222,7 +237,7 @@ async def read_files(
         if int(request.headers.get("content-length", "0")) > most_bytes:
             raise RefusalError(413, f"a request is at most {most_bytes / 2**20:g} MiB")
         async with asyncio.timeout(seconds):
-            form = await _InMemory(request.headers, counted(), max_files=most_files + 1).parse()
+            form = await _InMemory(request.headers, counted(), most_files=most_files).parse()
     except RefusalError as error:
         await _drain(request, error)
         raise
@@ -239,8 +254,6 @@ async def read_files(
         files = [value for _, value in fields if isinstance(value, UploadFile)]
         if not files:
             raise RefusalError(422, "`files` must be one or several files")
-        if len(files) > most_files:
-            raise RefusalError(422, f"a request holds at most {most_files} files, but has {len(files)}")
         return [await file.read() for file in files]
     finally:
         await form.close()

@@ -333,6 +333,7 @@ class OnnxEngine:
         batch_size: Images at a time, at most; an answer does not depend on it.
         channels: Of the images.
         told: The metadata of the first file.
+        weights: Hashes of the weights in each file.
     """
 
     def __init__(self, paths: Sequence[Path], *, threads: int = 1, batch_size: int | None = None) -> None:
@@ -349,6 +350,7 @@ class OnnxEngine:
         """
         opened = [_open(path, threads) for path in paths]
         self.told: dict[str, Any] = opened[0][1]
+        self.weights: list[list[str]] = [[unit["sha256"] for unit in told["units"]] for _, told in opened]
         self.classes = tuple(self.told["classes"])
         self.batch_size = batch_size or int(self.told["batch_size"])
         form = self.told["competition"]["image"]
@@ -379,7 +381,12 @@ class OnnxEngine:
             paths[unit] = run.path / "export" / f"{unit.replace('/', '-')}-{version}.onnx"
         if missing := [unit for unit, path in paths.items() if not path.exists()]:
             _export_units(run, competition, {unit: paths[unit] for unit in missing})
-        return cls(list(paths.values()), threads=threads, batch_size=batch_size)
+        engine = cls(list(paths.values()), threads=threads, batch_size=batch_size)
+        for (unit, path), held in zip(paths.items(), engine.weights, strict=True):
+            if held != [run.info["weights"][unit]]:
+                what = "is not of the weights that run.json vouches for"
+                raise RecordError([Fault(shown(path), what, "delete it; it is made again when asked for")])
+        return engine
 
     def probabilities(self, pixels: NDArray[np.uint8], *, fold: int | None = None) -> NDArray[np.float64]:
         """Predict as `Engine.probabilities` does.
@@ -502,7 +509,9 @@ def _open(path: Path, threads: int) -> tuple[Any, dict[str, Any]]:
         told = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
     except refused as error:
         reason = str(error).splitlines()[0][:200]
-        raise FoldwiseError(f"{path}: ONNX Runtime cannot read it ({reason})\n  fix: export it again") from None
+        raise FoldwiseError(
+            f"{path}: ONNX Runtime cannot read it ({reason})\n  fix: delete it, then export or ask again"
+        ) from None
     except (KeyError, ValueError):
         what = "does not say what it is of: Foldwise did not export it"
         raise RecordError([Fault(shown(path), what, "python run.py export <run>")]) from None

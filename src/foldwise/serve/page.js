@@ -328,6 +328,8 @@
   }
   async function ask() {
     if (picture.going) picture.going.abort();
+    if (looked.going) looked.going.abort();
+    looked_at.hidden = true;
     const going = (picture.going = new AbortController());
     const form = new FormData();
     form.append("files", picture.blob, picture.blob.name || "picture");
@@ -409,7 +411,7 @@
       looked.url = looked.image.src = url;
       looked.image.alt = "Heat map over the face";
       looked.image.hidden = false;
-      const [label, network] = [response.headers.get("x-label"), response.headers.get("x-model")];
+      const [label, network] = ["x-label", "x-model"].map((name) => decodeURIComponent(response.headers.get(name)));
       text_of(looked.text, `Bright: what speaks for \u201c${label}\u201d to ${network}, one of the networks that answered. A hint, no proof.`);
     } catch (error) {
       if (error.name === "AbortError") return;

@@ -24,6 +24,9 @@ from foldwise.errors import Fault, FoldwiseError
 _SCANS = 100
 # Bytes that some writers leave after the end of a picture.
 _PADDING = b"\0\t\n\r "
+_PADDED = re.compile(rb"[\0\t\n\r ]*+")
+# A longer side over a shorter one: scaled to fill a square, a line of pixels becomes a bomb.
+_THIN = 100
 _READ = "JPEG, PNG, WebP, BMP or GIF"
 _CONVERT = f"save it as {_READ}"
 _ANEW = "save it anew, in a program that opens it"
@@ -43,8 +46,9 @@ _OTHERS = (
 )
 _BRANDS = {b"avif": "an AVIF picture", b"heic": "a HEIC picture", b"heix": "a HEIC picture", b"mif1": "a HEIC picture"}
 
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
-_JPEG_AFTER_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+# Without a repeat of \xff: over a long run of fill bytes that would take the square of their number, holding the GIL.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff])", re.DOTALL)
+_JPEG_AFTER_SCAN = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # JFIF and Adobe say how colours are coded; the other application segments say nothing of the pixels.
 _JPEG_DROPPED = (frozenset(range(0xE1, 0xF0)) - {0xEE}) | {0xFE}
@@ -119,6 +123,9 @@ def read_picture(raw: bytes, *, where: str, limits: Limits = Limits()) -> NDArra
     if found.width * found.height > limits.pixels:
         what = f"has {found.width:,} x {found.height:,} pixels, but {limits.pixels:,} in all are allowed"
         raise PictureError(413, Fault(where, what, "scale it down"))
+    if max(found.width, found.height) > _THIN * max(1, min(found.width, found.height)):
+        what = f"has {found.width:,} x {found.height:,} pixels, which is too thin to be scaled"
+        raise PictureError(422, Fault(where, what, "cut out what matters"))
     if rest := len(raw[found.end :].lstrip(_PADDING)):
         what = f"goes on for {rest:,} bytes after the end of the picture"
         raise PictureError(422, Fault(where, what, _ANEW))
@@ -199,10 +206,15 @@ def _animated(frames: str = "") -> _DamagedError:
 
 def _jpeg(raw: bytes) -> _Found:
     body, frame, exif, several, end = _jpeg_segments(raw, 0)
-    while several and raw[end:].lstrip(_PADDING).startswith(b"\xff\xd8\xff"):
-        end = _jpeg_segments(raw, len(raw) - len(raw[end:].lstrip(_PADDING)))[-1]
+    while several and raw.startswith(b"\xff\xd8\xff", start := _past_padding(raw, end)):
+        end = _jpeg_segments(raw, start)[-1]
     height, width = frame
     return _Found("JPEG", width, height, body, end, exif)
+
+
+def _past_padding(raw: bytes, at: int) -> int:
+    found = _PADDED.match(raw, at)
+    return at if found is None else found.end()
 
 
 def _jpeg_segments(raw: bytes, start: int) -> tuple[bytes, tuple[int, int], bytes, bool, int]:
@@ -395,9 +407,15 @@ def _decoded(found: _Found) -> NDArray[np.uint8]:
             deep = np.asarray(image).astype(np.uint16)
             return np.repeat((deep >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
         if image.has_transparency_data:
-            pixels = np.asarray(image.convert("RGBA")).astype(np.uint16)
-            alpha = pixels[:, :, 3:]
-            return ((pixels[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+            pixels = np.asarray(image.convert("RGBA"))
+            laid = np.empty((*pixels.shape[:2], 3), np.uint8)
+            # In bands: 16 bits for all of a large picture would take half a gigabyte.
+            rows = max(1, 2**20 // pixels.shape[1])
+            for top in range(0, len(pixels), rows):
+                band = pixels[top : top + rows].astype(np.uint16)
+                alpha = band[:, :, 3:]
+                laid[top : top + rows] = (band[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255
+            return laid
         return np.asarray(image.convert("RGB"))
 
 

@@ -23,7 +23,7 @@ from foldwise.files import sha256_bytes, sha256_json
 from foldwise.learn.device import Runtime, pick_runtime
 from foldwise.learn.predict import predict, predict_batch_size
 from foldwise.records.history import BEST_COPY, STRICT_COPY, History, Submission, read_history
-from foldwise.records.store import Run, load_run
+from foldwise.records.store import Run, external_words, load_run
 from foldwise.records.submission import predict_as_described
 from foldwise.runs.kept import KeptModel, kept_models, weight_files
 from foldwise.serve.faces import Box, crop
@@ -320,6 +320,16 @@ class Predictor:
         """
         return [self._labelled.get(sha256_bytes(one.tobytes())) for one in pixels]
 
+    @property
+    def knows_own(self) -> bool:
+        """Whether training images can be told: the competition is here, as the run saw it."""
+        return bool(self._labelled)
+
+    @property
+    def external(self) -> list[str]:
+        """Other images that it was trained on, in words; `own` knows none of them."""
+        return list(dict.fromkeys(words for run in self._runs for words in external_words(run.info["external"])))
+
     @cached_property
     def _labelled(self) -> dict[str, Own]:
         """The labelled images of the competition by the hash of their pixels."""
@@ -333,7 +343,17 @@ class Predictor:
         fold = dict(zip(run.ids.tolist(), run.fold.tolist(), strict=True))
         rows = np.flatnonzero(data.labels >= 0).tolist()
         names = data.ids.tolist()
-        return {sha256_bytes(data.images[row].tobytes()): Own(names[row], fold.get(names[row])) for row in rows}
+        unseen = set(run.test_ids.tolist())  # a labelled test part: no model was trained on it
+        known: dict[str, Own] = {}
+        for row in rows:
+            if names[row] in unseen:
+                continue
+            one = Own(names[row], fold.get(names[row]))
+            key = sha256_bytes(data.images[row].tobytes())
+            before = known.setdefault(key, one)
+            if before.fold != one.fold:  # a twin on the other side: some model saw these pixels
+                known[key] = Own(before.id, None)
+        return known
 
 
 def run_runtime(run: Run, device: str | None) -> Runtime:
