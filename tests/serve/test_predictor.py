@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -127,6 +128,28 @@ def test_without_the_data_no_image_is_known(project: Path) -> None:
     (project / "inputs" / "demo" / "train.csv").unlink()
     predictor = Predictor.load("tiny", root=project, device="cpu")
     assert predictor.own(predictor.prepare(some)) == [None, None]
+    path = next((project / "inputs" / "demo" / "images").iterdir())
+    told = "its training images are not recognised: demo is not taken in here as the run saw it"
+    found = ask(predictor, [path])
+    assert answer_lines(found)[-1] == told
+    assert answers_json(found)["doubts"] == [told]
+
+
+def test_a_twin_on_the_other_side_was_seen_and_a_test_part_was_not(project: Path) -> None:
+    run = load_run(project / "oof" / "tiny")
+    data = load_dataset(project, "demo")
+    predictor = Predictor.load("tiny", root=project, device="cpu")
+    first = int(np.flatnonzero(run.fold == 0)[0])
+    other = int(np.flatnonzero(run.fold == 1)[0])
+    row = {name: index for index, name in enumerate(data.ids.tolist())}
+    twins = data.images.copy()
+    twins[row[run.ids[other]]] = twins[row[run.ids[first]]]
+    seen = dataclasses.replace(data, images=twins)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("foldwise.serve.predictor.load_dataset", lambda *_: seen)
+        (one,) = predictor.own(twins[row[run.ids[first]]][None])
+    assert one is not None
+    assert one.fold is None
 
 
 @pytest.mark.parametrize(
