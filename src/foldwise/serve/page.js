@@ -195,7 +195,8 @@
   // The models that can be asked.
   let runs = [];
   const model = () => $("model").value;
-  const asks = (path, more = {}) => `${path}?${new URLSearchParams({ model: model(), ...more })}`;
+  // Before the models are known, and where none is picked, the server answers with its default.
+  const asks = (path, more = {}) => `${path}?${new URLSearchParams({ ...(model() ? { model: model() } : {}), ...more })}`;
   const score_of = (run) =>
     run.score === null || run.score === undefined
       ? ""
