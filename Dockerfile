@@ -13,7 +13,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRAS=serve,export,explain,tensorboard
 WORKDIR /build
 RUN python -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PATH=/opt/venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 COPY pyproject.toml requirements.lock ./
 
 # The lock holds the tools of development too. pip says what the image needs of it, and only that is installed.
@@ -39,10 +39,10 @@ Path("image.lock").write_text("\n".join(kept) + "\n")
 PY
 
 # The lock has no hashes of the CPU index's wheels, so that these two alone are held to their versions only.
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     if [ -n "$TORCH_INDEX" ]; then \
       grep -oE '^(torch|torchvision)==[^ ]+' requirements.lock > torch.txt \
-      && pip install --no-deps --index-url "$TORCH_INDEX" --requirement torch.txt; \
+      && PIP_INDEX_URL="$TORCH_INDEX" pip install --no-deps --requirement torch.txt; \
     fi \
     && python image_lock.py \
     && pip install --require-hashes --no-deps --requirement image.lock \
@@ -73,8 +73,8 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     && groupadd --gid 10001 foldwise \
     && useradd --uid 10001 --gid foldwise --no-create-home --home-dir /tmp --shell /usr/sbin/nologin foldwise \
     && install -d -m 1777 /cache \
-    && install -d -o foldwise -g foldwise /work /work/inputs /work/oof /work/submissions
-WORKDIR /work
+    && install -d -o foldwise -g foldwise /app /app/inputs /app/oof /app/submissions
+WORKDIR /app
 COPY run.py requirements.lock ./
 COPY experiments experiments
 # What the server's page says of the models.

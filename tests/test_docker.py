@@ -145,7 +145,7 @@ def test_every_install_is_by_hash_offline_or_the_one_pair_of_torch() -> None:
     ]
     assert len(installs) == 4
     for line in installs:
-        pair = '--no-deps --index-url "$TORCH_INDEX" --requirement torch.txt' in line
+        pair = 'PIP_INDEX_URL="$TORCH_INDEX" pip install --no-deps --requirement torch.txt' in line
         assert pair or "--require-hashes" in line or "--no-index" in line or "--no-build-isolation" in line, line
     assert re.findall(r"https?://[\w.]+", DOCKERFILE) == ["https://download.pytorch.org", "http://127.0.0.1"]
     for text in (text for stage in stages().values() for text in stage.all("RUN")):
@@ -292,9 +292,9 @@ def test_a_server_is_published_on_loopback_and_changes_no_file() -> None:
         service = services()[name]
         assert service["ports"] == ["127.0.0.1:${PORT:-8000}:8000"]
         assert {mount.split(":")[1] for mount in service["volumes"]} == {
-            "/work/inputs",
-            "/work/oof",
-            "/work/submissions",
+            "/app/inputs",
+            "/app/oof",
+            "/app/submissions",
         }
         assert all(mount.endswith(":ro") for mount in service["volumes"])
     for name in ("train", "train-gpu"):
