@@ -33,7 +33,21 @@ OWN_ARCHS = ("cnn_3block", "cnn_3stage_cbam", "cnn_4stage", "vit_small_patch8_48
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class ThreeBlockCNN(nn.Module):
+class _StagedCNN(nn.Module):
+    """What timm asks of a network of `blocks` or `stages` in a row and a `head`."""
+
+    head: nn.Module
+
+    def get_classifier(self) -> nn.Module:
+        """The layers that are new for every set of classes."""
+        return self.head
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - timm's signature
+        """Layers from input to output, for layer-wise learning rates."""
+        return {"stem": r"^(?:blocks|stages)\.0", "blocks": r"^(?:blocks|stages)\.(\d+)"}
+
+
+class ThreeBlockCNN(_StagedCNN):
     """Three blocks of convolution, norm, ReLU and pooling (64-128-256), then a two-layer head; 0.4 M parameters."""
 
     def __init__(self, num_classes: int = 7, in_chans: int = 1, drop_rate: float = 0.0) -> None:
@@ -49,14 +63,6 @@ class ThreeBlockCNN(nn.Module):
             )
         )
         self.head = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(128, num_classes))
-
-    def get_classifier(self) -> nn.Module:
-        """The layers that are new for every set of classes."""
-        return self.head
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - timm's signature
-        """Layers from input to output, for layer-wise learning rates."""
-        return {"stem": r"^blocks\.0", "blocks": r"^blocks\.(\d+)"}
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float -> (B, classes) logits."""
@@ -110,7 +116,7 @@ class CBAM(nn.Module):
         return attended
 
 
-class ThreeStageCBAM(nn.Module):
+class ThreeStageCBAM(_StagedCNN):
     """Three stages of two convolutions, pooling and CBAM (64-128-256), then a two-layer head; 1.2 M parameters."""
 
     def __init__(self, num_classes: int = 7, in_chans: int = 1, drop_rate: float = 0.0) -> None:
@@ -125,14 +131,6 @@ class ThreeStageCBAM(nn.Module):
             self.stages.append(nn.Sequential(*layers, nn.MaxPool2d(2), CBAM(outer)))
         self.head = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(128, num_classes))
 
-    def get_classifier(self) -> nn.Module:
-        """The layers that are new for every set of classes."""
-        return self.head
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - timm's signature
-        """Layers from input to output, for layer-wise learning rates."""
-        return {"stem": r"^stages\.0", "blocks": r"^stages\.(\d+)"}
-
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float -> (B, classes) logits."""
         features: Tensor = self.stages(images).mean(dim=(2, 3))
@@ -140,7 +138,7 @@ class ThreeStageCBAM(nn.Module):
         return logits
 
 
-class FourStageCNN(nn.Module):
+class FourStageCNN(_StagedCNN):
     """Four stages of 3x3 convolutions and pooling, made for 48 px, then one linear layer; 2.6 M parameters as it comes.
 
     Stages are `width`, 2, 4 and 8 times `width` channels wide and have `depth` convolutions each. Plain it is a small
@@ -173,14 +171,6 @@ class FourStageCNN(nn.Module):
             self.stages.append(nn.Sequential(*layers))
         self.dropout = nn.Dropout(drop_rate)
         self.head = nn.Linear(8 * width, num_classes)
-
-    def get_classifier(self) -> nn.Module:
-        """The layer that is new for every set of classes."""
-        return self.head
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - timm's signature
-        """Layers from input to output, for layer-wise learning rates."""
-        return {"stem": r"^stages\.0", "blocks": r"^stages\.(\d+)"}
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float -> (B, classes) logits."""
@@ -230,36 +220,28 @@ class ConvStem(nn.Module):
 @register_model  # type: ignore[untyped-decorator]
 def cnn_3block(pretrained: bool = False, **options: Any) -> nn.Module:
     """`ThreeBlockCNN`; has no pretrained weights."""
-    _refuse_pretrained("cnn_3block", pretrained)
-    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(unused, None)
+    options = _own_options("cnn_3block", pretrained, options)
     return ThreeBlockCNN(**options)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cnn_3stage_cbam(pretrained: bool = False, **options: Any) -> nn.Module:
     """`ThreeStageCBAM`; has no pretrained weights."""
-    _refuse_pretrained("cnn_3stage_cbam", pretrained)
-    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(unused, None)
+    options = _own_options("cnn_3stage_cbam", pretrained, options)
     return ThreeStageCBAM(**options)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def cnn_4stage(pretrained: bool = False, **options: Any) -> nn.Module:
     """`FourStageCNN`; has no pretrained weights."""
-    _refuse_pretrained("cnn_4stage", pretrained)
-    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(unused, None)
+    options = _own_options("cnn_4stage", pretrained, options)
     return FourStageCNN(**options)
 
 
 @register_model  # type: ignore[untyped-decorator]
 def vit_small_patch8_48(pretrained: bool = False, **options: Any) -> nn.Module:
     """A ViT made for 48 px: 36 patches of 8 px from a convolutional stem, width 192, depth 8; 3.8 M parameters."""
-    _refuse_pretrained("vit_small_patch8_48", pretrained)
-    for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(unused, None)
+    options = _own_options("vit_small_patch8_48", pretrained, options)
     defaults = {
         "img_size": 48, "patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3, "class_token": False,
         "global_pool": "avg", "embed_layer": ConvStem,
@@ -268,9 +250,12 @@ def vit_small_patch8_48(pretrained: bool = False, **options: Any) -> nn.Module:
     return model
 
 
-def _refuse_pretrained(arch: str, pretrained: bool) -> None:
+def _own_options(arch: str, pretrained: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """Of timm's arguments those that a constructor of our own takes."""
     if pretrained:
         raise FoldwiseError(f"`{arch}` has no pretrained weights\n  fix: `model.weights: none`, or `run:<experiment>`")
+    about_weights = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    return {name: value for name, value in options.items() if name not in about_weights}
 
 
 def build_model(spec: ModelSpec, *, classes: int, channels: int) -> nn.Module:
