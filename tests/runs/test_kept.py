@@ -12,7 +12,7 @@ from foldwise.data.competition import load_dataset
 from foldwise.errors import RecordError
 from foldwise.files import sha256_file
 from foldwise.learn.device import pick_runtime
-from foldwise.records.store import load_run, rows_of
+from foldwise.records.store import load_run, rows_of, train_again
 from foldwise.runs.kept import kept_models
 
 RUNTIME = pick_runtime("cpu", "fp32", 1)
@@ -48,6 +48,22 @@ def test_other_weights_are_refused(resumable: Any) -> None:
         "oof/tiny: its weights are not on this machine: fold1/seed42",
         "  fix: fetch them: make weights FROM=<folder>, or train it here: make exp EXP=tiny FRESH=1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "again"),
+    [
+        ("tiny", "python run.py exp tiny", "make exp EXP=tiny FRESH=1"),
+        ("tiny.split1", "python run.py exp tiny --split 1", "make exp EXP=tiny SPLIT=1 FRESH=1"),
+        (
+            "tiny_sqrt",
+            "python run.py exp tiny --name tiny_sqrt --set sampler=sqrt",
+            "python run.py exp tiny --name tiny_sqrt --set sampler=sqrt --fresh",
+        ),
+    ],
+)
+def test_a_run_is_trained_anew_by_what_trained_it(name: str, command: str, again: str) -> None:
+    assert train_again(name, {"command": command}) == again
 
 
 def test_weights_that_do_not_say_what_they_are_of_are_refused(resumable: Any) -> None:

@@ -496,7 +496,7 @@ def read_units(run: Run) -> list[Unit]:
     Raises:
         RecordError: If they are not on this machine, or are not those of the run.
     """
-    again = f"train it here: {train_again(run.name)}"
+    again = f"train it here: {train_again(run.name, run.info)}"
     vouched = {"spec": run.info["hashes"]["spec"], "context": sha256_json(_plain(_context_of(run.info)))}
     folds = np.unique(run.fold).tolist()
     names = {(fold, seed): f"fold{fold}/seed{seed}" for fold in folds for seed in run.info["seeds"]}
@@ -565,8 +565,11 @@ def shown(path: Path) -> str:
     return "/".join(parts[parts.index("oof") :]) if "oof" in parts else str(path)
 
 
-def train_again(name: str) -> str:
-    """The command that trains a run anew, also one on a later split."""
+def train_again(name: str, info: Mapping[str, Any]) -> str:
+    """The command that trains a run anew, also one on a later split or with `--set`, from its `run.json`."""
+    command = str(info.get("command", ""))
+    if " --set " in command and command.isprintable():
+        return f"{command} --fresh"
     experiment, _, split = name.rpartition(".split")
     if experiment and split.isdecimal():
         return f"make exp EXP={experiment} SPLIT={split} FRESH=1"

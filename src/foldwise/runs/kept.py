@@ -126,8 +126,8 @@ def verify_weights(run: Run, path: Path) -> None:
     unit = path.parent.relative_to(run.path).as_posix()
     if sha256_file(path) != run.info["weights"][unit]:
         what = "is not the file that run.json vouches for"
-        raise RecordError([Fault(f"oof/{run.name}/{unit}/{path.name}", what, train_again(run.name))])
+        raise RecordError([Fault(f"oof/{run.name}/{unit}/{path.name}", what, train_again(run.name, run.info))])
 
 
 def _again(run: Run) -> str:
-    return f"train it here: {train_again(run.name)}"
+    return f"train it here: {train_again(run.name, run.info)}"

@@ -50,12 +50,14 @@ class Vouched:
         path: `oof/<exp>`.
         competition: Its competition.
         units: From `fold<k>/seed<s>` to the sha256 of its file.
+        again: The command that trains it anew.
     """
 
     name: str
     path: Path
     competition: str
     units: Mapping[str, str]
+    again: str
 
     def file(self, unit: str) -> Path:
         """Where the file of a unit belongs."""
@@ -191,7 +193,7 @@ def pull_weights(root: Path, names: Sequence[str], source: str, *, say: Say) -> 
         before += sum(_verified(run, unit, path, faults) for unit, path in run.here.items())
         if not missing:
             if not run.units and names:
-                faults.append(Fault(shown(run.path), _NO_WEIGHTS, f"train it here: {train_again(run.name)}"))
+                faults.append(Fault(shown(run.path), _NO_WEIGHTS, f"train it here: {run.again}"))
             continue
         there = store.sizes(run)
         if absent := [unit for unit in missing if run.units[unit] not in there]:
@@ -297,7 +299,7 @@ def _vouched(path: Path) -> Vouched:
     for unit, sha256 in units.items():
         if not (EXPERIMENT_NAME.fullmatch(path.name) and _UNIT.fullmatch(unit) and _SHA256.fullmatch(str(sha256))):
             raise RecordError([Fault(where, f"`weights` holds {unit!r}: {sha256!r}, which is no unit's hash", fix)])
-    return Vouched(path.name, path, competition, units)
+    return Vouched(path.name, path, competition, units, train_again(path.name, info))
 
 
 def _store(place: str, option: str, root: Path) -> Store:
@@ -483,14 +485,14 @@ def _verified(run: Vouched, unit: str, path: Path, faults: list[Fault]) -> bool:
     if sha256_file(path) == run.units[unit]:
         return True
     what = "is not the file that run.json vouches for, and was left alone"
-    fix = f"move it away and fetch the right one: make weights FROM=<folder>; or {train_again(run.name)}"
+    fix = f"move it away and fetch the right one: make weights FROM=<folder>; or {run.again}"
     faults.append(Fault(f"{shown(run.path)}/{unit}/{path.name}", what, fix))
     return False
 
 
 def _not_here(run: Vouched, missing: Sequence[str]) -> Fault:
     what = f"its weights are not on this machine: {', '.join(missing)}" if missing else _NO_WEIGHTS
-    fix = f"push from where it was trained, or train it here: {train_again(run.name)}"
+    fix = f"push from where it was trained, or train it here: {run.again}"
     return Fault(shown(run.path), what, fix)
 
 
