@@ -22,6 +22,7 @@ from foldwise.serve.ask import Answers, answer_lines, answers_json, ask, picture
 from foldwise.serve.faces import Box, crop
 from foldwise.serve.pictures import read_picture, to_form
 from foldwise.serve.predictor import Estimate, Predictor
+from foldwise.serve.shelf import Catalogue
 
 pytestmark = pytest.mark.slow
 
@@ -173,17 +174,26 @@ def test_what_cannot_answer_says_why(project: Path, tiny: Predictor) -> None:
     for name in ("twice", "best"):
         with pytest.raises(RecordError, match="oof/twice: its weights are not on this machine: fold2/seed1"):
             Predictor.load(name, root=project)
-    # The run was made anew since it was blended.
+    shutil.rmtree(project / "submissions")
+    with pytest.raises(FoldwiseError) as caught:
+        Predictor.load("best", root=project)
+    assert str(caught.value) == "there is no blend yet to predict with\n  fix: make submit, or name a run: tiny, twice"
+
+
+def test_a_blend_whose_member_was_made_anew_is_not_asked(project: Path) -> None:
+    assert Catalogue(project).best().aliases == ("blend:best", "blend:strict")
     described = next((project / "submissions" / "demo").glob("*/blend.json"))
     told = json.loads(described.read_text())
     told["members"][0]["hashes"]["oof"] = "0" * 64
     described.write_text(pretty_json(told))
     with pytest.raises(RecordError, match=r"is not the run that .* was blended of: it was made anew since"):
         Predictor.load(described.parent.name, root=project)
-    shutil.rmtree(project / "submissions")
-    with pytest.raises(FoldwiseError) as caught:
-        Predictor.load("best", root=project)
-    assert str(caught.value) == "there is no blend yet to predict with\n  fix: make submit, or name a run: tiny, twice"
+
+    catalogue = Catalogue(project)
+    changed = catalogue.find(described.parent.name)
+    assert (changed.missing, changed.changed) == ((), (told["members"][0]["run"],))
+    assert changed.unserved == f"made anew since it was blended: {told['members'][0]['run']}"
+    assert catalogue.best().kind == "run"
 
 
 @pytest.mark.parametrize(

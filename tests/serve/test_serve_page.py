@@ -312,7 +312,7 @@ def test_runs_are_listed_with_their_scores_and_can_be_picked(opened):
     page = opened(tab="#runs")
     rows = [row.locator("th, td").all_inner_texts() for row in page.locator(".runs tbody tr").all()]
     assert [row[1].strip() for row in rows] == ["0.8000 \u00b1 0.0400"] * 3 + ["0.6000 \u00b1 0.0400"]
-    assert [row[-1] for row in rows] == ["in use", "use", "use", "weights not here"]
+    assert [row[-1] for row in rows] == ["in use", "use", "use", "not here"]
     page.get_by_role("button", name="use negative").click()
     assert page.locator("#model").input_value() == "negative"
     assert page.locator(".runs tr.here th").inner_text() == "negative"

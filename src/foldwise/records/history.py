@@ -82,6 +82,7 @@ class Submission:
         metric: Name of the metric.
         method: How its members were blended.
         members: Name and weight of each run, the heaviest first.
+        hashes: Of each run by name, those of its `oof.csv` and `test.csv` when it was blended.
         score: The estimate.
         standard_error: Of `score`.
         interval: Lower and upper end around `score`; None where `blend.json` has none.
@@ -100,6 +101,7 @@ class Submission:
     metric: str
     method: str
     members: tuple[tuple[str, float], ...]
+    hashes: dict[str, tuple[str, str]]
     score: float
     standard_error: float
     interval: tuple[float, float] | None
@@ -133,6 +135,10 @@ class Submission:
         named = [name if len(self.members) == 1 else f"{name} {weight:.2f}" for name, weight in self.members[:_NAMED]]
         more = [f"{len(self.members) - _NAMED} more"] if len(self.members) > _NAMED else []
         return f"{self.method} of {', '.join([*named, *more])}"
+
+    def changed(self, run: str, hashes: Mapping[str, str]) -> bool:
+        """Whether a member, whose `run.json` holds these hashes, was made anew since it was blended."""
+        return self.hashes[run] != (hashes["oof"], hashes["test"])
 
     @property
     def public_error(self) -> float | None:
@@ -349,6 +355,7 @@ def _read(path: Path, root: Path, competition: str) -> Submission | None:
         metric=told["metric"],
         method=told["method"],
         members=members,
+        hashes={member["run"]: (member["hashes"]["oof"], member["hashes"]["test"]) for member in told["members"]},
         score=float(estimate["score"]),
         standard_error=float(estimate["standard_error"]),
         interval=(estimate["interval"][0], estimate["interval"][1]) if "interval" in estimate else None,

@@ -81,7 +81,7 @@ class RunAnswer(_Body):
     classes: list[str]
     members: list[str] = Field(description="Runs of a blend, the heaviest first.")
     parameters: int | None = Field(description="Of one model.")
-    weights: bool = Field(description="Whether it can be asked here.")
+    weights: bool = Field(description="Whether it can be asked here: its weights are, and are those of its record.")
     reason: str | None = Field(description="Why it cannot.")
 
 
@@ -167,7 +167,7 @@ def face_answer(box: Box | None, row: NDArray[np.float64], classes: Sequence[str
 
 def listed(entry: Entry, loaded: Sequence[str]) -> RunAnswer:
     """A run or blend as /runs has it; what is loaded can be asked whether or not its weights are still there."""
-    here = not entry.missing or entry.name in loaded
+    here = entry.unserved is None or entry.name in loaded
     return RunAnswer(
         name=entry.name,
         aliases=list(entry.aliases),

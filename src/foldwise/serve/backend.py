@@ -207,7 +207,7 @@ class Backend:
         """The run or blend of a name on the list, loaded where need be; None: the default.
 
         Raises:
-            RefusalError: If there is no such name, or its weights are not here (404).
+            RefusalError: If there is no such name, or it cannot be asked here (404).
         """
         known = self.default if name is None else name
         if known not in self._given:
@@ -220,7 +220,7 @@ class Backend:
             entry = await _in(self._lister, self._catalogue.find, name)
         except FoldwiseError as error:
             raise RefusalError(404, flat(error)) from None
-        if entry.missing and entry.name not in self._given:
+        if entry.unserved is not None and entry.name not in self._given:
             raise RefusalError(404, f"{entry.name} cannot be asked here: {entry.unserved}")
         return entry
 

@@ -246,7 +246,7 @@
         h("td", { class: "track" }, run.track || "\u2013"),
         run.weights
           ? h("td", null, h("button", use, here ? "in use" : "use"))
-          : h("td", { class: "soft", title: run.reason }, "weights not here"),
+          : h("td", { class: "soft", title: run.reason }, "not here"),
       );
     });
     const table = h("table", { class: "runs" }, h("thead", null, h("tr", null, heads)), h("tbody", null, rows));

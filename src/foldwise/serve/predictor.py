@@ -424,7 +424,7 @@ def resolve(name: str, root: Path) -> tuple[list[Run], dict[str, Any] | None, st
     runs, faults = [], []
     for member in told["members"]:
         run = load_run(root / "oof" / member["run"])
-        if any(run.info["hashes"][key] != member["hashes"][key] for key in ("oof", "test")):
+        if submission.changed(member["run"], run.info["hashes"]):
             what = f"is not the run that {submission.name} was blended of: it was made anew since"
             fix = f"take it back with git, or blend again: make submit COMP={told['competition']}"
             faults.append(Fault(f"oof/{run.name}", what, fix))

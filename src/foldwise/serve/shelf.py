@@ -49,6 +49,7 @@ class Entry:
         members: Name and weight of a blend's runs, the heaviest first; of a run itself alone.
         parameters: Of one model; None for a blend.
         missing: Runs whose weights are not on this machine.
+        changed: Members of a blend which were made anew since, so that it would answer otherwise.
     """
 
     name: str
@@ -66,11 +67,14 @@ class Entry:
     members: tuple[tuple[str, float], ...]
     parameters: int | None
     missing: tuple[str, ...]
+    changed: tuple[str, ...] = ()
 
     @property
-    def unserved(self) -> str:
-        """Why it cannot be asked, where weights are missing."""
-        return f"the weights of {', '.join(self.missing)} are not on this machine"
+    def unserved(self) -> str | None:
+        """Why it cannot be asked here; None where it can."""
+        if self.missing:
+            return f"the weights of {', '.join(self.missing)} are not on this machine"
+        return f"made anew since it was blended: {', '.join(self.changed)}" if self.changed else None
 
 
 class Catalogue:
@@ -117,7 +121,7 @@ class Catalogue:
         wanted = "best" if name == BLEND.rstrip(":") else name
         if found := by_name.get(wanted) or by_name.get(BLEND + wanted):
             return found
-        here = [entry.name for entry in entries if not entry.missing]
+        here = [entry.name for entry in entries if entry.unserved is None]
         guess = did_you_mean(name, list(by_name))
         listed = f"{guess + ' ' if guess else ''}served here: {', '.join(here) or 'none'}"
         raise FoldwiseError(f"there is no run or blend {name!r}\n  fix: {listed}")
@@ -128,7 +132,7 @@ class Catalogue:
         Raises:
             FoldwiseError: If no weights are here.
         """
-        here = [entry for entry in self.entries() if not entry.missing and entry.score is not None]
+        here = [entry for entry in self.entries() if entry.unserved is None and entry.score is not None]
         if not here:
             what = "there is nothing to serve: no run under oof/ has its weights on this machine"
             raise FoldwiseError(
@@ -194,6 +198,7 @@ def _of_run(run: Run) -> Entry:
 def _of_blend(
     submission: Submission, aliases: tuple[str, ...], classes: tuple[str, ...], runs: dict[str, Run]
 ) -> Entry:
+    members = [(name, runs[name]) for name, _ in submission.members if name in runs]
     return Entry(
         name=BLEND + submission.name,
         aliases=aliases,
@@ -210,6 +215,7 @@ def _of_blend(
         members=submission.members,
         parameters=None,
         missing=tuple(name for name, _ in submission.members if name not in runs or not _here(runs[name])),
+        changed=tuple(name for name, run in members if submission.changed(name, run.info["hashes"])),
     )
 
 
