@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from foldwise.learn.device import Runtime
 from foldwise.learn.models import ToInput
 from foldwise.learn.predict import parse_view, predict, render
 
-ALL_VIEWS = ["identity", "hflip", "shift", "multicrop", "zoom_1.1", "rotate_10"]
+ALL_VIEWS = ["identity", "hflip", "shift", "multicrop", "zoom_1.1", "rotate_10", "shift+hflip"]
 PREPARE = ToInput(16, "bilinear", [0.5], [0.25])
 
 
@@ -129,15 +130,21 @@ def test_a_logit_that_is_not_finite_names_its_first_row(pixels: np.ndarray, cpu:
 # --- Views ---
 
 
-@pytest.mark.parametrize("name", ["", "vflip", "zoom", "zoom_", "rotate_-5", "hflip2", "identity "])
+UNKNOWN = ["", "vflip", "zoom", "zoom_", "rotate_-5", "hflip2", "identity ", "hflip+hflip", "shift+shift", "+hflip"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_view_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^unknown view '{name}'$"):
+    with pytest.raises(ValueError, match=f"^unknown view '{re.escape(name)}'$"):
         parse_view(name)
 
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("identity", 1), ("hflip", 1), ("zoom_1.1", 1), ("zoom_0.8", 1), ("rotate_10", 2), ("shift", 4), ("multicrop", 5)],
+    [
+        *(("identity", 1), ("hflip", 1), ("zoom_1.1", 1), ("zoom_0.8", 1), ("rotate_10", 2), ("shift", 4)),
+        *(("multicrop", 5), ("identity+hflip", 2), ("zoom_1.1+hflip", 2), ("rotate_10+hflip", 4), ("shift+hflip", 8)),
+    ],
 )
 def test_a_view_has_its_renderings_and_they_differ(name: str, count: int) -> None:
     view = parse_view(name)
@@ -171,6 +178,15 @@ def test_a_small_zoom_shows_mirrored_borders() -> None:
     out = render(square(48), rendering)
     mirrored = torch.from_numpy(np.pad(square(48).numpy(), ((0, 0), (0, 0), (24, 24), (24, 24)), "symmetric"))
     torch.testing.assert_close(out, functional.avg_pool2d(mirrored, 2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["identity", "zoom_1.1", "rotate_10", "shift", "multicrop"])
+def test_a_mirrored_view_is_the_view_and_the_view_of_the_mirrored_image(
+    model: nn.Module, pixels: np.ndarray, cpu: Runtime, name: str
+) -> None:
+    mirrored = np.ascontiguousarray(pixels[:, :, ::-1])
+    expected = (probabilities(model, pixels, [name], cpu) + probabilities(model, mirrored, [name], cpu)) / 2
+    torch.testing.assert_close(probabilities(model, pixels, [f"{name}+hflip"], cpu), expected)
 
 
 def test_rotate_turns_both_ways() -> None:

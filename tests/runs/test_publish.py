@@ -501,7 +501,9 @@ def test_the_cards_code_knows_every_network_and_view(
         told = metadata(spec, run.classes, prepare)
         safetensors.torch.save_file(network.state_dict(), resumable.path() / name / "weights.safetensors", told)
     hashes = {name: sha256_file(resumable.path() / name / "weights.safetensors") for name in run.info["weights"]}
-    edit_record(resumable, weights=hashes, tta=["identity", "hflip", "zoom_1.1", "shift", "rotate_10", "multicrop"])
+    edit_record(
+        resumable, weights=hashes, tta=["identity", "hflip", "zoom_1.1", "shift+hflip", "rotate_10", "multicrop"]
+    )
     publish(resumable.root, "tiny", REPO)
     assert hub.files is not None
     card = hub.files["README.md"].decode()

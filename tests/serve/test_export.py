@@ -49,7 +49,7 @@ from foldwise.spec.model import ModelSpec
 FORM = ImageSpec(height=24, width=20, channels=1)
 COMPETITION = CompetitionSpec(name="made", classes=("a", "b", "c"), image=FORM)
 RUNTIME = pick_runtime("cpu", "fp32", 1)
-VIEWS = tuple(parse_view(name) for name in ("identity", "hflip", "shift", "rotate_10", "zoom_1.1"))
+VIEWS = tuple(parse_view(name) for name in ("identity", "hflip", "shift+hflip", "rotate_10", "zoom_1.1"))
 FAMILIES = {
     "cnn_3block": {},
     "cnn_3stage_cbam": {},

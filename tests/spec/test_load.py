@@ -465,7 +465,7 @@ specs = st.fixed_dictionaries(
         "distill": st.fixed_dictionaries(
             {"from": st.just(["null"])}, optional={"weight": st.floats(0.1, 1), "temperature": st.floats(1, 20)}
         ),
-        "tta": st.lists(st.sampled_from(["identity", "hflip", "zoom_1.1", "rotate_10"]), min_size=1, unique=True),
+        "tta": st.lists(st.sampled_from(["identity", "hflip", "zoom_1.1+hflip", "rotate_10"]), min_size=1, unique=True),
     },
 )
 

@@ -44,7 +44,7 @@ def test_the_least_spec_is_valid_frozen_and_whole_when_resolved() -> None:
         ({"seeds": []}, "at least 1 item"),
         ({"tta": ["zoom"]}, "unknown view 'zoom'"),
         ({"tta": ["rotate_0"]}, "a rotation must lie between 0 and 180 degrees, but got 'rotate_0'"),
-        ({"tta": ["zoom_2.5"]}, "a zoom must lie between 0.5 and 2, but got 'zoom_2.5'"),
+        ({"tta": ["zoom_2.5+hflip"]}, "a zoom must lie between 0.5 and 2, but got 'zoom_2.5\\+hflip'"),
         ({"tta": ["hflip", "hflip"]}, "expected distinct views"),
         (
             {"model": {"arch": "a", "weights": "hub"}},

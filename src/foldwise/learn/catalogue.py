@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def generate() -> dict[str, Any]:
     definitions["ModelSpec"]["properties"]["weights"]["pattern"] = f"^({WEIGHTS.pattern})$"
     definitions["OptimSpec"]["properties"]["name"]["enum"] = sorted(optimizers)
     # JSON Schema's regular expressions know no named groups of Python's spelling.
-    views = VIEW_NAME.pattern.replace("?P<zoom>", "").replace("?P<rotate>", "")
+    views = re.sub(r"\?P<\w+>", "", VIEW_NAME.pattern)
     schema["properties"]["tta"]["items"]["pattern"] = f"^({views})$"
     schema["properties"]["augment"]["items"] = {
         "type": "object",

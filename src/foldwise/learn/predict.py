@@ -6,6 +6,7 @@ Validation, OOF, test, `predict` and `serve` all come through here, so that the 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ def parse_view(name: str) -> View:
 
     `identity`; `hflip` mirrors; `zoom_<f>` looks at the middle 1/f; `shift` moves by a twelfth of the side in four
     directions; `rotate_<deg>` turns both ways; `multicrop` takes four corners and the middle, nine tenths wide. Borders
-    are mirrored.
+    are mirrored. With `+hflip`, as in `shift+hflip`, each rendering is there as it is and mirrored.
 
     Raises:
         ValueError: If there is no such view.
@@ -49,33 +50,45 @@ def parse_view(name: str) -> View:
     match = VIEW_NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"unknown view {name!r}")
+    renderings = _renderings(name.removesuffix("+hflip"), match)
+    if match["mirrored"]:
+        renderings += tuple(_MIRROR if one is None else one * _MIRRORED for one in renderings)
+    return View(name, renderings)
+
+
+def _renderings(name: str, match: re.Match[str]) -> tuple[Tensor | None, ...]:
     if name == "identity":
-        return View(name, (None,))
+        return (None,)
     if name == "hflip":
-        return View(name, (_affine(-1, 1),))
+        return (_MIRROR,)
     if name == "shift":
         reach = 2 * _SHIFT
-        return View(name, tuple(_affine(1, 1, dx, dy) for dx, dy in ((reach, 0), (-reach, 0), (0, reach), (0, -reach))))
+        return tuple(_affine(1, 1, dx, dy) for dx, dy in ((reach, 0), (-reach, 0), (0, reach), (0, -reach)))
     if name == "multicrop":
         reach = 1 - _CROP
         corners = [(dx, dy) for dx in (-reach, reach) for dy in (-reach, reach)]
-        return View(name, tuple(_affine(_CROP, _CROP, dx, dy) for dx, dy in [(0.0, 0.0), *corners]))
+        return tuple(_affine(_CROP, _CROP, dx, dy) for dx, dy in [(0.0, 0.0), *corners])
     if match["zoom"] is not None:
-        return View(name, (_affine(1 / float(match["zoom"]), 1 / float(match["zoom"])),))
+        return (_affine(1 / float(match["zoom"]), 1 / float(match["zoom"])),)
     angle = math.radians(float(match["rotate"]))
-    turns = [torch.tensor([[math.cos(a), -math.sin(a), 0.0], [math.sin(a), math.cos(a), 0.0]]) for a in (angle, -angle)]
-    return View(name, tuple(turns))
+    return tuple(
+        torch.tensor([[math.cos(a), -math.sin(a), 0.0], [math.sin(a), math.cos(a), 0.0]]) for a in (angle, -angle)
+    )
 
 
 def _affine(scale_x: float, scale_y: float, dx: float = 0.0, dy: float = 0.0) -> Tensor:
     return torch.tensor([[scale_x, 0.0, dx], [0.0, scale_y, dy]])
 
 
+_MIRROR = _affine(-1, 1)
+_MIRRORED = torch.tensor([[-1.0], [1.0]])  # times a map: the same look at the mirrored image
+
+
 def render(images: Tensor, rendering: Tensor | None) -> Tensor:
     """Apply one rendering to (B, C, S, S) float images; a mirror image is exact."""
     if rendering is None:
         return images
-    if torch.equal(rendering, _affine(-1, 1)):
+    if torch.equal(rendering, _MIRROR):
         return images.flip(-1)
     theta = rendering.to(images.device).expand(len(images), 2, 3)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 # The name of an experiment, and so of its file, its folder in `oof/` and its W&B group.
 EXPERIMENT_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,79}")
-# `identity`, `hflip`, `zoom_1.1`, `shift`, `rotate_10`, `multicrop`
-VIEW_NAME = re.compile(r"identity|hflip|shift|multicrop|zoom_(?P<zoom>\d+(\.\d+)?)|rotate_(?P<rotate>\d+(\.\d+)?)")
+# `identity`, `hflip`, `zoom_1.1`, `shift`, `rotate_10`, `multicrop`; `shift+hflip`
+VIEW_NAME = re.compile(
+    r"hflip|(identity|shift|multicrop|zoom_(?P<zoom>\d+(\.\d+)?)|rotate_(?P<rotate>\d+(\.\d+)?))(?P<mirrored>\+hflip)?"
+)
 WEIGHTS = re.compile(r"none|pretrained|run:[a-z0-9][a-z0-9_.-]{0,79}")
 
 Positive = Annotated[float, Field(gt=0)]
@@ -427,9 +429,8 @@ class ExperimentSpec(Section):
         for view in value:
             match = VIEW_NAME.fullmatch(view)
             if match is None:
-                raise ValueError(
-                    f"unknown view {view!r}; known: identity, hflip, shift, multicrop, zoom_<factor>, rotate_<degrees>"
-                )
+                known = "identity, hflip, shift, multicrop, zoom_<factor>, rotate_<degrees>, or one of these and +hflip"
+                raise ValueError(f"unknown view {view!r}; known: {known}")
             if (zoom := match["zoom"]) is not None and not 0.5 <= float(zoom) <= 2:
                 raise ValueError(f"a zoom must lie between 0.5 and 2, but got {view!r}")
             if (angle := match["rotate"]) is not None and not 0 < float(angle) <= 180:
