@@ -47,6 +47,10 @@ def test_the_least_spec_is_valid_frozen_and_whole_when_resolved() -> None:
         ({"tta": ["zoom_2.5+hflip"]}, "a zoom must lie between 0.5 and 2, but got 'zoom_2.5\\+hflip'"),
         ({"tta": ["hflip", "hflip"]}, "expected distinct views"),
         (
+            {"model": {"arch": "a", "options": {"checkpoint_path": "oof/b/weights.safetensors"}}},
+            "`checkpoint_path` brings weights of which nothing is known; they are named by `model.weights`",
+        ),
+        (
             {"model": {"arch": "a", "weights": "hub"}},
             "expected `pretrained`, `none` or `run:<exp.*>`, but got 'hub'",
         ),

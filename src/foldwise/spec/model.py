@@ -19,6 +19,8 @@ VIEW_NAME = re.compile(
     r"hflip|(identity|shift|multicrop|zoom_(?P<zoom>\d+(\.\d+)?)|rotate_(?P<rotate>\d+(\.\d+)?))(?P<mirrored>\+hflip)?"
 )
 WEIGHTS = re.compile(r"none|pretrained|run:[a-z0-9][a-z0-9_.-]{0,79}")
+# How timm's arguments begin that bring weights, past every check of what those saw.
+_OF_WEIGHTS = ("checkpoint_path", "pretrained", "cache_dir")
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -68,7 +70,7 @@ class ModelSpec(Section):
     )
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="How pixels come to `image_size`.")
     options: dict[str, bool | int | float | str] = Field(
-        default_factory=dict, description="Further keyword arguments of the model's constructor."
+        default_factory=dict, description="Further keyword arguments of the model's constructor; none of weights."
     )
 
     @field_validator("weights")
@@ -76,6 +78,14 @@ class ModelSpec(Section):
     def _known_weights(cls, value: str) -> str:
         if not WEIGHTS.fullmatch(value):
             raise ValueError(f"expected `pretrained`, `none` or `run:<experiment>`, but got {value!r}")
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _without_weights(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key.startswith(_OF_WEIGHTS):
+                raise ValueError(f"`{key}` brings weights of which nothing is known; they are named by `model.weights`")
         return value
 
     @model_validator(mode="after")
