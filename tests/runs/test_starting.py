@@ -65,6 +65,16 @@ def test_a_run_on_other_folds_is_refused(resumable: Any) -> None:
     )
 
 
+def test_a_run_on_other_images_is_refused_though_the_folds_are_the_same(resumable: Any) -> None:
+    hashes = json.loads((resumable.path() / "run.json").read_text())["hashes"]
+    edit_record(resumable, hashes=hashes | {"inputs": "ab" * 32})
+    assert refusal(resumable) == (
+        f"model.weights: run:tiny: was trained on other images or labels (abababab, here {hashes['inputs'][:8]})\n"
+        "  fix: train it again: make exp EXP=tiny FRESH=1\n"
+        "1 error; nothing was written."
+    )
+
+
 def test_a_run_that_left_nothing_out_is_refused_where_something_is_scored(project: Any) -> None:
     project.describe("split: {kind: full}")
     project.run(project.spec())
@@ -79,6 +89,8 @@ def test_a_run_that_left_out_what_is_scored_serves_whatever_the_kind_of_split(pr
     project.run(starter(project))
     theirs, ours = (project.table(name, "test.csv").set_index("id") for name in ("tiny", "starter"))
     np.testing.assert_allclose(ours, theirs.loc[ours.index], atol=1e-5)
+    record, _ = project.run(starter(project), smoke=True)  # on two folds, of which that run has one
+    assert record["smoke"]
 
 
 def test_a_run_of_another_competition_is_refused_unless_it_is_clear_of_this_one(resumable: Any) -> None:

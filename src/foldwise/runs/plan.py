@@ -122,7 +122,7 @@ def make_plan(
         spec, own = _smoke_spec(spec), smoke_table(own, spec.seeds[0])
         labelled = own.labels >= 0
         folds = Folds(own.ids[labelled], own.fold[labelled], own.group[labelled])
-    start = starting_point(root, spec, data)
+    start = starting_point(root, spec, data, smoke=smoke)
     joined = guarded(root, spec, data, own, smoke=smoke, say=say)
     teachers = _teachers(root, spec, data, joined.joined, classes, smoke=smoke)
     made_by = data.competition.split.model_dump(mode="json")
@@ -143,7 +143,7 @@ def make_plan(
 
 def with_spec(plan: Plan, spec: ExperimentSpec) -> Plan:
     """The same data under another spec of the same competition and classes, without reading the data again."""
-    start = starting_point(plan.root, spec, plan.data)
+    start = starting_point(plan.root, spec, plan.data, smoke=plan.smoke)
     joined = plan.guarded
     if (spec.external, spec.clear_of) != (plan.spec.external, plan.spec.clear_of):
         joined = guarded(plan.root, spec, plan.data, plan.own, smoke=plan.smoke)

@@ -44,7 +44,7 @@ class Start:
     classes: tuple[str, ...]
 
 
-def starting_point(root: Path, spec: ExperimentSpec, data: Dataset) -> Start | None:
+def starting_point(root: Path, spec: ExperimentSpec, data: Dataset, *, smoke: bool = False) -> Start | None:
     """Find the weights that a spec starts from.
 
     Of a run on the same competition, unit (k, seed) starts from its unit (k, seed), or from that of its first seed
@@ -55,6 +55,7 @@ def starting_point(root: Path, spec: ExperimentSpec, data: Dataset) -> Start | N
         root: The project's root.
         spec: The experiment.
         data: The competition that the experiment is scored on.
+        smoke: Whether it runs on two folds of its own, which a holdout's run has not: then all start from its first.
 
     Returns:
         None unless `weights` names a run.
@@ -75,7 +76,8 @@ def starting_point(root: Path, spec: ExperimentSpec, data: Dataset) -> Start | N
 
     def weights_of(fold: int, seed: int) -> Mapping[str, torch.Tensor]:
         seeds = run.info["seeds"]
-        path = files[first if elsewhere else fold, seed if seed in seeds else seeds[0]]
+        any_fold = elsewhere or (smoke and all(fold != kept for kept, _ in files))
+        path = files[first if any_fold else fold, seed if seed in seeds else seeds[0]]
         verify_weights(run, path)
         weights: Mapping[str, torch.Tensor] = safetensors.torch.load_file(path)
         return weights
@@ -107,6 +109,9 @@ def _leaks(run: Run, data: Dataset) -> Iterator[Fault]:
     elif info["hashes"]["folds"] != data.folds.sha256:
         what = "was trained on other folds, and so on labels that this experiment is scored on"
         yield Fault(where, what, f"start from a run of {name} on its present folds, from `pretrained`, or from `none`")
+    elif info["hashes"]["inputs"] != data.sha256:
+        what = f"was trained on other images or labels ({info['hashes']['inputs'][:8]}, here {data.sha256[:8]})"
+        yield Fault(where, what, f"train it again: make exp EXP={run.name} FRESH=1")
     elif (why := outdated(info["leak_guard"], data)) is not None:
         yield Fault(where, why, f"train it again: make exp EXP={run.name} FRESH=1")
 
