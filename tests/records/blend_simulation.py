@@ -54,7 +54,7 @@ class World:
             info = {
                 "competition": "toy",
                 "split": {"kind": "kfold"},
-                "hashes": {"folds": "f" * 64},
+                "hashes": {"folds": "f" * 64, "inputs": "1" * 64},
                 "marks": [],
                 "external": [],
             }

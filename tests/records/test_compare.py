@@ -261,10 +261,15 @@ def test_only_runs_of_one_setting_share_a_group(project):
     project.keep("older", split=kfold)
     project.folds, project.labels = first, np.roll(project.labels, 1)
     project.keep("relabelled", skill=2)
+    project.labels, project.inputs_sha256 = np.roll(project.labels, -1), "2" * 64
+    project.keep("other_pixels", skill=2)
     groups = {group.title: [row.name for row in group.rows] for group in compare(project.root, "toy").groups}
     titles = list(groups)
-    assert set(groups.pop(titles[0]) + groups.pop(titles[1])) == {"run", "run_b", "relabelled"}
-    assert all(title.startswith("3 folds, labels ") for title in titles[:2])
+    assert {frozenset(groups.pop(title)) for title in titles[:3]} == {
+        frozenset(names) for names in (["run", "run_b"], ["relabelled"], ["other_pixels"])
+    }
+    assert all(title.startswith("3 folds, labels ") for title in titles[:3])
+    assert sum(", images 2222" in title for title in titles[:3]) == 1
     assert groups == {
         "held-out 10%": ["held"],
         "part held out by Usage": ["column"],

@@ -36,7 +36,7 @@ def make_runs(probs, labels, fold, *, prefix="run"):
         info = {
             "competition": "toy",
             "split": {"kind": "kfold"},
-            "hashes": {"folds": "f" * 64, "oof": str(index)},
+            "hashes": {"folds": "f" * 64, "inputs": "1" * 64, "oof": str(index)},
             "marks": [],
             "external": [],
         }
@@ -456,7 +456,7 @@ def test_no_runs_are_refused():
 
 
 def test_runs_that_do_not_fit_together_are_all_named():
-    probs, labels, fold = weak_runs(10, models=7, rows=50)
+    probs, labels, fold = weak_runs(10, models=8, rows=50)
     runs, groups = make_runs(probs, labels, fold)
     runs[1].info["competition"] = "faces"
     runs[2].info["hashes"]["folds"] = "0" * 64
@@ -464,6 +464,7 @@ def test_runs_that_do_not_fit_together_are_all_named():
     runs[4] = replace(runs[4], ids=np.array([f"x{row}" for row in range(50)]))
     runs[5].info["split"]["kind"] = "holdout"
     runs[6] = replace(runs[6], labels=(labels + (np.arange(50) < 2)) % 4)
+    runs[7].info["hashes"]["inputs"] = "2" * 64
     with pytest.raises(RecordError) as error:
         blend(runs, metric=ACCURACY, groups=groups)
     fix = "  fix: leave it out, or run it again as `run00` was"
@@ -482,7 +483,9 @@ def test_runs_that_do_not_fit_together_are_all_named():
         fix,
         "oof/run06: has other labels or folds than `run00` for 2 ids, such as i00000",
         fix,
-        "7 errors; nothing was written.",
+        "oof/run07: was made on other images or labels than `run00` (sha256 of the inputs 22222222, not 11111111)",
+        fix,
+        "8 errors; nothing was written.",
     ]
 
 

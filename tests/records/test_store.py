@@ -20,6 +20,7 @@ from hypothesis.extra.numpy import arrays
 from sklearn.metrics import log_loss
 
 from foldwise.data.folds import Folds
+from foldwise.data.leaks import THRESHOLD, VERSION
 from foldwise.errors import RecordError
 from foldwise.metrics import METRICS
 from foldwise.records import store
@@ -574,6 +575,9 @@ def test_listed_runs_are_those_that_may_be_blended_and_the_others_say_why(projec
     project.keep("other", competition="faces")
     project.keep("smoke", smoke=True)
     project.keep("old", folds_sha256="9" * 64)
+    for name, version in (("clear", VERSION), ("half_clear", VERSION - 1)):
+        guard = {"version": version, "threshold": THRESHOLD, "clear_of": {}}
+        project.keep(name, info={"command": "make exp", "leak_guard": guard})
     project.open("begun").close()
     project.keep("edited")
     with (project.root / "oof" / "edited" / "oof.csv").open("a") as file:
@@ -586,10 +590,11 @@ def test_listed_runs_are_those_that_may_be_blended_and_the_others_say_why(projec
         folder.save_unit(project.unit(0))
         project.complete(folder, [(0, 42)])
     runs, skipped = list_runs(project.root, "toy")
-    assert [run.name for run in runs] == ["a_good", "b_good"]
+    assert [run.name for run in runs] == ["a_good", "b_good", "clear"]
     assert skipped == [
         "begun: is not complete: 0 of 3 units",
         "edited: is not the file that run.json vouches for: it was changed after the run",
+        "half_clear: was kept clear of copies by another measure of likeness than today's; train it again",
         "held: has no out-of-fold predictions for every image (split kind holdout)",
         "old: was made on other folds (99999999, now " + before.sha256[:8] + ")",
         "other: is of competition faces",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from foldwise.records.ensemble import blend
 from foldwise.records.store import list_runs, load_run
 from foldwise.records.study import predictions_of, read_study
 from foldwise.runs.events import EpochDone, TrialEvent
+from foldwise.runs.plan import make_plan
 from foldwise.runs.study import set_key
-from foldwise.runs.winner import summary
+from foldwise.runs.winner import own_run, summary
 from foldwise.spec.load import load_experiment
 from foldwise.spec.model import resolved
 from foldwise.spec.space import own_values, with_parameters
@@ -249,6 +251,12 @@ def test_the_own_run_takes_part_and_the_second_split_confirms(
         METRICS["accuracy"], found.labels, found.probs, own.probs[rows], folds.groups_of(found.ids)
     )
     assert info["difference"]["low"] == pytest.approx(expected.low)
+    plan = make_plan(retuning.root, spec)
+    kept = own_run(plan)
+    assert kept is not None
+    assert kept.name == "tiny"
+    for origin in ("inputs_sha256", "start_sha256", "guard_sha256"):
+        assert own_run(replace(plan, context=replace(plan.context, **{origin: "0" * 64}))) is None
     assert info["second_split"] is None
     assert screen.events[-1].lines[-1] == (
         f"  next       make exp EXP=tiny SPLIT=1, make exp EXP={TUNED} SPLIT=1, then this again: confirms the gain on "

@@ -54,7 +54,7 @@ class Row:
         parameters: Of one model; None where unknown.
         wall_s: Seconds of training, all units together.
         device: What it was trained on.
-        marks: `optimistic`, `tuned`, `transductive`, `external`.
+        marks: `optimistic`, `tuned`, `transductive`.
         track: `competition data only` or `with external data`.
         recall: (C,) per-class recall; NaN for a class without images.
         told_from_best: p-value of being worse than the group's best, corrected for all pairs of the group (Holm 1979),
@@ -313,6 +313,7 @@ class _Setting(NamedTuple):
         classes: Their names, in the order of the indices.
         own_classes: Whether the classes are the competition's.
         labels_sha256: Of ids with their labels.
+        inputs_sha256: Of ids, labels and pixels.
     """
 
     metric: str
@@ -324,6 +325,7 @@ class _Setting(NamedTuple):
     classes: tuple[str, ...]
     own_classes: bool
     labels_sha256: str
+    inputs_sha256: str
 
 
 def _setting(run: Run, splits: _Splits) -> _Setting:
@@ -344,6 +346,7 @@ def _setting(run: Run, splits: _Splits) -> _Setting:
         classes=run.classes,
         own_classes=own_classes,
         labels_sha256=sha256_json(sorted(zip(run.ids.tolist(), run.labels.tolist(), strict=True))),
+        inputs_sha256=info["hashes"]["inputs"],
     )
 
 
@@ -371,11 +374,13 @@ def _titles(settings: Sequence[_Setting]) -> dict[_Setting, str]:
         parts += [f"not the present folds ({setting.folds_sha256[:8]})"] if setting.outdated else []
         parts += [f"by {setting.metric}"] if several_metrics else []
         titles[setting] = ", ".join(parts)
-    count = Counter(titles.values())
-    return {
-        setting: title if count[title] == 1 else f"{title}, labels {setting.labels_sha256[:8]}"
-        for setting, title in titles.items()
-    }
+    for what, of in (("labels", "labels_sha256"), ("images", "inputs_sha256")):
+        count = Counter(titles.values())
+        titles = {
+            setting: title if count[title] == 1 else f"{title}, {what} {getattr(setting, of)[:8]}"
+            for setting, title in titles.items()
+        }
+    return titles
 
 
 # The comparison of a group --------------------------------------------------------------------------------------------

@@ -791,6 +791,9 @@ def _refuse_mismatched(runs: Iterable[Run], groups: Mapping[str, str]) -> None:
             hashes = f"sha256 of the folds {mine['hashes']['folds'][:8]}, not {theirs['hashes']['folds'][:8]}"
             what = f"was made on other folds than `{first.name}` ({hashes})"
             faults.append(Fault(where, what, fix))
+        if mine["hashes"]["inputs"] != theirs["hashes"]["inputs"]:
+            hashes = f"sha256 of the inputs {mine['hashes']['inputs'][:8]}, not {theirs['hashes']['inputs'][:8]}"
+            faults.append(Fault(where, f"was made on other images or labels than `{first.name}` ({hashes})", fix))
         if run.classes != first.classes:
             what = f"has the classes {', '.join(run.classes)}, but `{first.name}` has {', '.join(first.classes)}"
             faults.append(Fault(where, what, fix))

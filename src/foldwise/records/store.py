@@ -596,6 +596,12 @@ def _unblendable(info: Mapping[str, Any], competition: str, folds_sha256: str) -
         return f"is scored on {len(info['classes'])} classes of its own ({', '.join(info['classes'])})"
     if info["hashes"]["folds"] != folds_sha256:
         return f"was made on other folds ({info['hashes']['folds'][:8]}, now {folds_sha256[:8]})"
+    if guard := info["leak_guard"]:
+        # Here and not above: it imports OpenCV.
+        from foldwise.data.leaks import THRESHOLD, VERSION
+
+        if (guard["version"], guard["threshold"]) != (VERSION, THRESHOLD):
+            return "was kept clear of copies by another measure of likeness than today's; train it again"
     return ""
 
 

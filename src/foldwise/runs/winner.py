@@ -50,7 +50,7 @@ class Finalist:
 
 
 def own_run(plan: Plan, name: str | None = None) -> Run | None:
-    """The kept run of the plan's spec on the plan's folds, if there is one and it is no other."""
+    """The kept run of the plan's spec, if there is one and it was made of the same as the plan's would be."""
     try:
         run = load_run(plan.root / "oof" / (name or plan.spec.name))
     except RecordError:
@@ -59,8 +59,9 @@ def own_run(plan: Plan, name: str | None = None) -> Run | None:
     apart = {"name": None, "tuned": None}
     if differences(kept | apart, resolved(plan.spec) | apart):
         return None
-    hashes = (run.info["hashes"]["folds"], run.info["hashes"]["inputs"])
-    return run if hashes == (plan.context.folds_sha256, plan.context.inputs_sha256) else None
+    context = asdict(plan.context)
+    made_on = ("folds", "inputs", "start", "teachers", "guard")
+    return run if all(run.info["hashes"].get(name) == context[f"{name}_sha256"] for name in made_on) else None
 
 
 def finalist_of(run: Run, values: Mapping[str, Any]) -> Finalist:
