@@ -43,10 +43,10 @@ def new_faces(folder: Path, each: int = 4, size: int = 48, mode: str = "L") -> s
     return str(folder)
 
 
-def trained_on(project: Any, folder: Path, wanted: slice) -> list[str]:
+def trained_on(project: Any, folder: Path, wanted: slice, *, labelled: bool = True) -> list[str]:
     """Deliver some of the run's own images anew, as JPEG of another quality, under other names."""
     data = load_dataset(project.root, "demo")
-    rows = np.flatnonzero(data.labels >= 0)[wanted]
+    rows = np.flatnonzero((data.labels >= 0) == labelled)[wanted]
     for row in rows.tolist():
         path = folder / data.competition.classes[data.labels[row]] / f"own{data.ids[row]}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +123,17 @@ def test_images_that_were_trained_on_are_told_and_do_not_count(mine: Any, tmp_pa
     lines = evaluation_lines(found, mine.root)
     assert "twins        30 of 58 images are left out: the run may have been trained on them" in lines
     assert f"naive        {recomputed(rows):.4f} (with the twins: not to be trusted)" in lines
+
+
+@pytest.mark.parametrize(("marks", "twins"), [([], 0), (["transductive"], 12)])
+def test_unlabelled_images_do_not_count_where_teachers_labelled_them(
+    resumable: Any, tmp_path: Path, marks: list[str], twins: int
+) -> None:
+    record = resumable.path() / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"marks": marks}))
+    on = new_faces(tmp_path / "half")
+    trained_on(resumable, tmp_path / "half", slice(0, 12), labelled=False)
+    assert score(resumable, on).info["twins"]["n"] == twins
 
 
 def test_the_training_images_again_are_refused(mine: Any, tmp_path: Path) -> None:

@@ -228,12 +228,13 @@ def _classes(run: Run, competition: CompetitionSpec) -> tuple[tuple[str, ...], l
 
 
 def _twins(run: Run, root: Path, competition: CompetitionSpec, labelled: Labelled) -> _Twins:
-    """Compare with every labelled image of the run's competition, and every image of its external data."""
+    """Compare with all that the run may have been trained on: its competition's images, and its external data."""
     of, notes, checked = _external_twins(run, root, labelled)
     data, reason = _taken_in(root, run.info["competition"], run.info["hashes"]["inputs"])
     if data is None:
         return _Twins(of, None, reason, notes, checked)
-    own = np.flatnonzero(data.labels >= 0)
+    # The unlabelled ones too, where teachers gave them labels.
+    own = np.flatnonzero((data.labels >= 0) | ("transductive" in run.info["marks"]))
     row, similarity = nearest(labelled.images, data.images[own])
     of = np.where(similarity >= competition.near_duplicate, data.ids[own][row], of)
     counts = of == ""
