@@ -36,7 +36,7 @@ SKILLS = {"a": 1, "b": 1.5, "x": 2.5}
 def drawn(project, name, skill):
     """A run as `load_run` gives it, without its files."""
     units = [project.unit(fold, salt=ord(name), skill=skill) for fold in range(3)]
-    hashes = {"folds": project.folds.sha256}
+    hashes = {"folds": project.folds.sha256, "inputs": project.inputs_sha256}
     return Run(
         name=name,
         path=project.root / "oof" / name,

@@ -82,7 +82,7 @@ class Submission:
         metric: Name of the metric.
         method: How its members were blended.
         members: Name and weight of each run, the heaviest first.
-        hashes: Of each run by name, those of its `oof.csv` and `test.csv` when it was blended.
+        hashes: Of each run by name, those of its `run.json` when it was blended, where `blend.json` tells them.
         score: The estimate.
         standard_error: Of `score`.
         interval: Lower and upper end around `score`; None where `blend.json` has none.
@@ -101,7 +101,7 @@ class Submission:
     metric: str
     method: str
     members: tuple[tuple[str, float], ...]
-    hashes: dict[str, tuple[str, str]]
+    hashes: dict[str, dict[str, str]]
     score: float
     standard_error: float
     interval: tuple[float, float] | None
@@ -138,7 +138,8 @@ class Submission:
 
     def changed(self, run: str, hashes: Mapping[str, str]) -> bool:
         """Whether a member, whose `run.json` holds these hashes, was made anew since it was blended."""
-        return self.hashes[run] != (hashes["oof"], hashes["test"])
+        blended = self.hashes.get(run, hashes)
+        return any(blended[file] != hashes[file] for file in ("oof", "test"))
 
     @property
     def public_error(self) -> float | None:
@@ -355,7 +356,7 @@ def _read(path: Path, root: Path, competition: str) -> Submission | None:
         metric=told["metric"],
         method=told["method"],
         members=members,
-        hashes={member["run"]: (member["hashes"]["oof"], member["hashes"]["test"]) for member in told["members"]},
+        hashes={member["run"]: member["hashes"] for member in told["members"] if "hashes" in member},
         score=float(estimate["score"]),
         standard_error=float(estimate["standard_error"]),
         interval=(estimate["interval"][0], estimate["interval"][1]) if "interval" in estimate else None,
