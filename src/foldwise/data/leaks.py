@@ -8,13 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -42,6 +42,11 @@ _PARTNERS, _CORE, _ZOOMS = 5, 36, (0.84, 0.92, 1.0, 1.09, 1.19)
 _WORTH_A_LOOK = 0.64
 
 Floats = npt.NDArray[np.float32]
+
+
+def of_todays_measure(guard: Mapping[str, Any]) -> bool:
+    """Whether a run's `leak_guard` was made by the present measure and threshold."""
+    return bool((guard["version"], guard["threshold"]) == (VERSION, THRESHOLD))
 
 
 @dataclass(frozen=True, eq=False)

@@ -598,9 +598,9 @@ def _unblendable(info: Mapping[str, Any], competition: str, folds_sha256: str) -
         return f"was made on other folds ({info['hashes']['folds'][:8]}, now {folds_sha256[:8]})"
     if guard := info["leak_guard"]:
         # Here and not above: it imports OpenCV.
-        from foldwise.data.leaks import THRESHOLD, VERSION
+        from foldwise.data.leaks import of_todays_measure
 
-        if (guard["version"], guard["threshold"]) != (VERSION, THRESHOLD):
+        if not of_todays_measure(guard):
             return "was kept clear of copies by another measure of likeness than today's; train it again"
     return ""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from foldwise.data.competition import Dataset, load_dataset
 from foldwise.data.folds import TRAIN_ONLY
-from foldwise.data.leaks import THRESHOLD, VERSION, Likeness, likeness
+from foldwise.data.leaks import THRESHOLD, VERSION, Likeness, likeness, of_todays_measure
 from foldwise.data.stacked import Selected, Stacked
 from foldwise.errors import Fault, RecordError
 from foldwise.files import sha256_json
@@ -152,7 +152,7 @@ def outdated(guard: Mapping[str, Any] | None, competition: Dataset) -> str | Non
     entry = (guard or {}).get("clear_of", {}).get(name)
     if guard is None or entry is None:
         return None
-    if (guard["version"], guard["threshold"]) != (VERSION, THRESHOLD):
+    if not of_todays_measure(guard):
         return f"was kept clear of the images of {name} by another measure of likeness than today's"
     if entry["inputs_sha256"] != competition.sha256:
         return f"was kept clear of other images of {name} ({entry['inputs_sha256'][:8]}, here {competition.sha256[:8]})"
